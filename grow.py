@@ -1,0 +1,168 @@
+"""
+Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice; the
+grown model has weights of its own for every visit, and computes at that moment exactly what the small one computes
+along the path.
+
+    gradual stacking   the last block once more, on top                            0 1 2 3 4 5 | 4 5
+    MIDAS              the middle block of layers once more (arXiv 2409.19044)     0 1 2 3 | 2 3 | 4 5
+    LIDAS              the layer-wise middle once more (arXiv 2512.08819)          0 1 2 3 | 2 3 | 4 5
+
+With an odd number of blocks MIDAS and LIDAS agree; with an even one LIDAS takes the last half of the block before the
+middle and the first half of the one behind it: of 8 layers in blocks of 4, MIDAS copies 0-3, LIDAS 2-5.
+
+    python grow.py out/lidas/ckpt.pt --method lidas --block 2 --out deeper.pt       # seconds
+"""
+import copy
+import dataclasses
+
+import torch
+
+from model import GPT, Parser, checkpoint_of, load_checkpoint, mean_loss, run_script, save_checkpoint
+
+# -----------------------------------------------------------------------------
+# growth operators: (stored layers, layers per block) -> path of n_layer + block visits
+
+def visit_again(n_layer, start, block):
+    """The path that visits layers start ... start + block - 1 a second time, directly behind the first."""
+    return list(range(start + block)) + list(range(start, n_layer))
+
+
+def check_blocks(n_layer, block):
+    if block < 1 or n_layer < block or n_layer % block:
+        raise ValueError(f"{n_layer} layers are not a whole number of blocks of {block}")
+
+
+def stack(n_layer, block):
+    """Gradual stacking: the last `block` layers are copied on top. Raises ValueError unless block divides n_layer."""
+    check_blocks(n_layer, block)
+    return visit_again(n_layer, n_layer - block, block)
+
+
+def midas(n_layer, block):
+    """MIDAS (arXiv 2409.19044): of n = n_layer / block blocks, block ceil(n/2), counted from 1, is copied behind
+    itself. Raises ValueError unless block divides n_layer."""
+    check_blocks(n_layer, block)
+    middle = (n_layer // block + 1) // 2            # ceil(n/2), counted from 1
+    return visit_again(n_layer, (middle - 1) * block, block)
+
+
+def lidas(n_layer, block):
+    """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied behind themselves. For an odd block and
+    an even number of blocks that is no whole number: rounded down. Raises ValueError unless block divides n_layer."""
+    check_blocks(n_layer, block)
+    return visit_again(n_layer, (n_layer - block) // 2, block)
+
+
+METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
+
+# -----------------------------------------------------------------------------
+# growing the weights, and the optimizer's state with them
+
+def grow(model, path):
+    """An independent model with one layer per visit of the path: layer v of it is a copy of layer path[v].
+
+    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a path
+    that is empty or visits a layer that does not exist.
+    """
+    config = dataclasses.replace(model.config, path=list(path))         # checks the path
+    config = dataclasses.replace(config, n_layer=len(config.path), path=None)
+    grown = GPT(config).to(model.embed.weight.device, model.embed.weight.dtype)
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("layers.")}
+    for visit, index in enumerate(path):
+        for name, w in model.layers[index].state_dict().items():
+            weights[f"layers.{visit}.{name}"] = w
+    grown.load_state_dict(weights)                                      # copies: no storage is shared
+    return grown.train(model.training)
+
+
+def parameters_along(model, path):
+    """(parameter of the model grown along the path, named) -> the parameter of the model that it was copied from."""
+    sources = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+    for visit, index in enumerate(path):
+        for name, p in model.layers[index].named_parameters():
+            sources[f"layers.{visit}.{name}"] = p
+    return sources
+
+
+def grow_optimizer(optimizer, new_optimizer, model, grown, path):
+    """Gives the grown model's optimizer the moments and step counts of the small model's, along the same path.
+
+    new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups. The papers do not say what
+    happens to the moments; they are copied here like the weights, so that the first step after growth is already
+    scaled as the steps before it. Raises ValueError when new_optimizer does not hold exactly the grown parameters.
+    """
+    check_optimizer(new_optimizer, grown)
+    targets = dict(grown.named_parameters())
+    for name, source in parameters_along(model, path).items():
+        if source in optimizer.state:
+            new_optimizer.state[targets[name]] = copy.deepcopy(optimizer.state[source])
+    return new_optimizer
+
+
+def check_optimizer(optimizer, model):
+    """Raises ValueError unless the optimizer's parameters are the model's: layers that are never trained are the
+    classic bug of growing."""
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(held) != sorted(id(p) for p in model.parameters()):
+        raise ValueError("the optimizer does not hold exactly the model's parameters")
+
+# -----------------------------------------------------------------------------
+# the schedule, and what it costs
+
+def growth_steps(total, stages, alpha=1.0):
+    """PROP-alpha (arXiv 2409.19044): how many of `total` steps each stage gets, T_i = total * i^alpha / sum_j j^alpha.
+
+    -> list of `stages` ints that sum to `total`. Raises ValueError when a stage would get no step.
+    """
+    if stages < 1 or total < 1:
+        raise ValueError(f"growth needs at least one stage and one step, not {stages} and {total}")
+    weight = [i ** alpha for i in range(1, stages + 1)]
+    ends = [round(total * sum(weight[:i]) / sum(weight)) for i in range(stages + 1)]
+    steps = [end - start for start, end in zip(ends, ends[1:])]
+    if min(steps) < 1:
+        raise ValueError(f"{total} steps are too few for {stages} stages of growth with alpha {alpha}: {steps}")
+    return steps
+
+
+def training_flops(config, n_tokens, path=None):
+    """Floating point operations to train on n_tokens: a backward pass counts as two forward passes.
+
+    Counted by *visit*, so a looped layer costs as much as two layers. Per token and forward pass: 2 per weight of a
+    matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for causal
+    attention's two products.
+    """
+    visits = len(config.full_path if path is None else path)
+    head_width = config.n_embd // config.n_head
+    qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * head_width
+    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.n_hidden
+    attention = 4 * config.n_embd * config.context // 2
+    head = config.n_embd * config.vocab_size
+    return 3 * n_tokens * (visits * (2 * layer + attention) + 2 * head)
+
+# -----------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", help="the model to grow, as train.py saves it")
+    parser.add_argument("--method", choices=METHODS, default="lidas", help="growth operator (default: lidas)")
+    parser.add_argument("--block", type=int, default=2, help="layers to copy (default: 2, as train.py's)")
+    parser.add_argument("--out", required=True, help="file to write the deeper model to")
+    args = parser.parse_args()
+
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    if model.config.path is not None:
+        raise ValueError(f"{args.checkpoint} is a looped model: its path is its depth. loop.py --unroll unties it")
+    path = METHODS[args.method](model.config.n_layer, args.block)
+    grown = grow(model, path)
+    print(f"{args.method}: {model.config.n_layer} -> {grown.config.n_layer} layers, path {' '.join(map(str, path))}")
+    for name, rows in checkpoint["heldout"].items():
+        print(f"held-out {name} loss: {mean_loss(model, rows):.4f} before, {mean_loss(grown, rows):.4f} after, "
+              f"{mean_loss(model, rows, path):.4f} of the small model along the path")
+    growth = checkpoint.get("growth", []) + [{"step": checkpoint.get("step", 0), "path": path}]
+    save_checkpoint(args.out, checkpoint_of(grown, growth=growth, step=checkpoint.get("step", 0),
+                                            **{k: checkpoint[k] for k in ("encoding", "heldout")}))
+    print(f"saved {args.out}; its optimizer starts afresh. Next: python loop.py {args.out} --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    run_script(main)

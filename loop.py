@@ -1,0 +1,111 @@
+"""
+Looping: visiting a block of layers again, with the same weights. It needs nothing but a path, so any checkpoint can be
+looped at inference, trained to loop or not (claim 2 of the paper), and a model that is trained to loop is a model whose
+config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, then L layers visited K times, then d layers).
+
+    python loop.py out/lidas/ckpt.pt --prompt "k=4" --start 3 --block 2 --repeats 0 1 2 4    # seconds
+    python loop.py out/lidas/ckpt.pt --sweep --block 2                          # held-out loss, start x repeats: a minute
+    python loop.py out/looped/ckpt.pt --unroll untied.pt                        # the looped model, every visit untied
+"""
+import re
+
+import torch
+
+from grow import grow
+from model import (Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss, run_script,
+                   save_checkpoint)
+
+
+def loop_path(n_layer, start, block, repeats):
+    """The path that visits layers start ... start + block - 1 `repeats` extra times; repeats 0 is the plain model.
+
+    loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
+    """
+    if block < 1 or start < 0 or start + block > n_layer:
+        raise ValueError(f"no block of {block} layers at layer {start}: the model has layers 0 to {n_layer - 1}")
+    if repeats < 0:
+        raise ValueError(f"repeats are the extra visits of the block, 0 or more, not {repeats}")
+    layers = list(range(n_layer))
+    return layers[:start] + layers[start:start + block] * (repeats + 1) + layers[start + block:]
+
+
+def parse_loop(text):
+    """Loop(e-LxK-d), or Loop(LxK), of arXiv 2502.17416 -> (stored layers, path).
+
+    "2-2x3-2" -> (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]); "4x6" -> (4, [0, 1, 2, 3] * 6). Raises ValueError for other text.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)x(\d+)(?:-(\d+))?", text)
+    if not match:
+        raise ValueError(f"a loop is written e-LxK-d or LxK, as in 2-2x3-2 or 4x6, not {text!r}")
+    before, block, visits, behind = (int(group or 0) for group in match.groups())
+    if block < 1 or visits < 1:
+        raise ValueError(f"a loop of {block} layers visited {visits} times is none: {text!r}")
+    n_layer = before + block + behind
+    return n_layer, loop_path(n_layer, before, block, visits - 1)
+
+
+def unroll(model, path=None):
+    """The model along a path (its own unless given) as a plain one, each visit untied. That is growing it: same code."""
+    return grow(model, model.config.full_path if path is None else path)
+
+# -----------------------------------------------------------------------------
+
+def show(model, checkpoint, args):
+    """The same prompt continued at each repeat count, with the held-out loss there."""
+    encoding = load_encoding(checkpoint["encoding"])
+    device = model.embed.weight.device
+    tokens = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(args.prompt)], device=device)
+    for repeats in args.repeats:
+        path = loop_path(model.config.n_layer, args.start, args.block, repeats)
+        losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}" for name, rows in checkpoint["heldout"].items())
+        torch.manual_seed(args.seed)
+        new = model.generate(tokens, args.tokens, path, args.temperature, stop=encoding.eot_token)
+        text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
+        print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\nheld-out loss: {losses}")
+        print(f"{args.prompt}|{text}")
+
+
+def sweep(model, checkpoint, args):
+    """Held-out loss for every place of the block (rows) and number of repeats (columns)."""
+    n_layer = model.config.n_layer
+    for name, rows in checkpoint["heldout"].items():
+        print(f"\nheld-out {name} loss, block of {args.block}\n{'start':>7}" +
+              "".join(f"{f'repeats {r}':>12}" for r in args.repeats))
+        for start in range(n_layer - args.block + 1):
+            losses = [mean_loss(model, rows, loop_path(n_layer, start, args.block, r)) for r in args.repeats]
+            print(f"{start:>7}" + "".join(f"{loss:>12.4f}" for loss in losses))
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", help="any checkpoint of train.py or grow.py")
+    parser.add_argument("--prompt", default="", help="text to continue (default: nothing, a document's beginning)")
+    parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
+    parser.add_argument("--block", type=int, default=2, help="layers in the block (default: 2, as train.py's)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2, 4], help="extra visits (default: 0 1 2 4)")
+    parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
+    parser.add_argument("--unroll", metavar="FILE", help="save the model along its own path, every visit untied")
+    # sampling
+    parser.add_argument("--tokens", type=int, default=48, help="length of the continuation (default: 48)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, so that runs compare (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, same for every repeat count (default: 0)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    args = parser.parse_args()
+    if args.temperature < 0 or args.tokens < 1:
+        parser.error("--temperature must be 0 or more, --tokens 1 or more")
+
+    model, checkpoint = load_checkpoint(args.checkpoint, args.device)
+    if args.unroll:
+        untied = unroll(model)
+        save_checkpoint(args.unroll, checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
+        print(f"saved {args.unroll}: {untied.config.n_layer} layers from {model.config.n_layer}")
+        return
+    if args.start is None:
+        args.start = (model.config.n_layer - args.block) // 2
+    for repeats in args.repeats:        # every path is checked before the first is run
+        loop_path(model.config.n_layer, args.start, args.block, repeats)
+    (sweep if args.sweep else show)(model, checkpoint, args)
+
+
+if __name__ == "__main__":
+    run_script(main)

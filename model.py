@@ -1,0 +1,335 @@
+"""
+A GPT that runs along a *path*: the list of layer indices in the order they are visited.
+
+    plain model of 6 layers                        0 1 2 3 4 5
+    looping layers 2-3 once more                   0 1 2 3 2 3 4 5
+    leaving layer 4 out                            0 1 2 3 5
+    growing by duplicating layers 2-3 (grow.py)    the looped path, every visit with weights of its own
+
+The architecture is Llama's, as in SmolLM, the backbone of the paper's experiments: pre-norm RMSNorm, rotary
+positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropout.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, n_hidden=176, context=256))
+    logits, loss = model(tokens, targets)                            # the plain model
+    logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
+"""
+import argparse
+import io
+import os
+import pickle
+import sys
+import zipfile
+from dataclasses import asdict, dataclass
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# the model
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50304
+    n_layer: int = 12           # stored layers; the depth is the length of the path
+    n_head: int = 12
+    n_kv_head: int = 12         # fewer than n_head: grouped-query attention
+    n_embd: int = 768
+    n_hidden: int = 2048        # width of the MLP, about 8/3 n_embd for SwiGLU
+    context: int = 1024
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = True           # the output head shares its weights with the embedding
+    path: list | None = None    # order of visits; None is every layer once
+    init_depth: int | None = None   # depth that the init is scaled for: the final one, for a model that will grow
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "context"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if not self.rope_theta > 0 or not self.norm_eps > 0:
+            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
+        if self.init_depth is not None and self.init_depth < 1:
+            raise ValueError(f"init_depth must be above 0, not {self.init_depth}")
+        self.path = None if self.path is None else check_path(self.path, self.n_layer)
+
+    @property
+    def full_path(self):
+        return list(range(self.n_layer)) if self.path is None else self.path
+
+
+def check_path(path, n_layer):
+    """The path as a list of ints. Raises ValueError when it is empty or names a layer that does not exist."""
+    path = [int(index) for index in path]
+    if not path:
+        raise ValueError("a path needs at least one visit")
+    for index in path:
+        if not 0 <= index < n_layer:
+            raise ValueError(f"the path visits layer {index}, but the model has layers 0 to {n_layer - 1}")
+    return path
+
+
+def rotate(x, rope):
+    """Rotary positions, half-split as in Hugging Face's Llama. x (batch, head, time, width), rope 2 x (time, width/2)."""
+    cos, sin = rope
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_width = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_width, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, slot=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, heads of q, k and v, T, width)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if slot is not None:                    # the keys and values that this visit has seen so far
+            if slot:
+                k, v = torch.cat((slot[0], k), dim=2), torch.cat((slot[1], v), dim=2)
+            slot[:] = [k, v]
+        S = k.shape[2]                          # positions that can be seen, S - T of them from the cache
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
+        self.proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One transformer layer. It does not know where in the model it stands, so it can be visited, copied or left out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, slot=None):
+        x = x + self.attn(self.norm1(x), rope, slot)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        # N(0, 0.02); what is added to the residual stream is scaled down by the number of additions, at the depth
+        # that the model will end with, so that a copied layer has the scale of the model it is copied into
+        depth = config.init_depth or len(config.full_path)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if name.endswith("proj.weight") else 0.02)
+        head_width = config.n_embd // config.n_head
+        frequency = config.rope_theta ** (-torch.arange(0, head_width, 2).float() / head_width)
+        angle = torch.outer(torch.arange(config.context).float(), frequency)   # (context, head width / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def rope(self, start, end):
+        return self.cos[start:end], self.sin[start:end]
+
+    def hidden(self, tokens, path=None, cache=None):
+        """The residual stream (batch, time, n_embd) behind the last norm; self.head turns it into logits.
+
+        cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two slots: its
+        second visit attends to the keys of second visits. With a cache, tokens are the ones that follow those seen.
+        """
+        path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
+        seen = cache[0][0].shape[2] if cache and cache[0] else 0
+        if seen + tokens.shape[1] > self.config.context:
+            raise ValueError(f"{seen + tokens.shape[1]} tokens do not fit the context of {self.config.context}")
+        if tokens.shape[1] == 0:
+            raise ValueError("the model needs at least one token")
+        rope = self.rope(seen, seen + tokens.shape[1])
+        x = self.embed(tokens)
+        for visit, index in enumerate(path):
+            # Only training runs compiled code (layer.compile()): evaluation has other shapes at every call, and each
+            # would be compiled anew. Layers share their code, so neither growth nor a new path recompiles anything.
+            layer = self.layers[index] if self.training else self.layers[index].forward
+            x = layer(x, rope, None if cache is None else cache[visit])
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, path=None):
+        """tokens (batch, time) int64 -> logits, loss.
+
+        With targets (batch, time; -1 is ignored): logits (batch, time, vocab_size) and their mean cross-entropy in
+        nats. Without: logits of the last position only, (batch, 1, vocab_size), and None.
+        path: layer indices in the order of the visits, in place of the configured one. Raises ValueError for an
+        empty path, an index that does not exist, or more tokens than the context.
+        """
+        x = self.hidden(tokens, path)
+        if targets is None:
+            return self.head(x[:, -1:]), None
+        logits = self.head(x)
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None, use_cache=True):
+        """Continues tokens (batch, time) by up to max_new_tokens and returns all of them.
+
+        temperature 0 is greedy. stop: a token after which a row is only repeated, ending the call once every row has
+        it. Past the context, each step runs the last `context` tokens anew, since every position has moved.
+        """
+        was_training = self.training
+        self.eval()
+        path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
+        cache = [[] for _ in path]
+        new = tokens[:, -self.config.context:]
+        done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            if not use_cache or tokens.shape[1] > self.config.context:
+                cache, new = None, tokens[:, -self.config.context:]
+            logits = self.head(self.hidden(new, path, cache)[:, -1]).float()
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            if stop is not None:
+                new = new.masked_fill(done, stop)
+                done |= new == stop
+            tokens = torch.cat((tokens, new), dim=1)
+            if stop is not None and done.all():
+                break
+        self.train(was_training)
+        return tokens
+
+
+@torch.no_grad()
+def mean_loss(model, rows, path=None, batch=16):
+    """Mean cross-entropy (nats per token) on rows (n, time + 1) of token ids, in eval mode."""
+    was_training = model.training
+    model.eval()
+    device = model.embed.weight.device
+    total = 0.0
+    for part in rows.split(batch):
+        part = part.to(device).long()
+        total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
+    model.train(was_training)
+    return total / len(rows)
+
+# -----------------------------------------------------------------------------
+# encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
+
+# words with the space before them, pairs of digits, the marks of the question formats, single other characters
+PIECES = r"""->|___|\n+| ?[A-Za-z]+|\d{1,2}| ?[^\sA-Za-z\d]|\s"""
+
+
+def load_encoding(spec):
+    """spec: a name that tiktoken knows, or a list of words -> tiktoken.Encoding with an end-of-text token.
+
+    A list makes an encoding of the 256 bytes and those words, so that every text can be encoded and decoded.
+    """
+    if not isinstance(spec, str):
+        tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
+        return tiktoken.Encoding("words", pat_str=PIECES, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                                 special_tokens={"<|endoftext|>": len(tokens)})
+    if spec not in tiktoken.list_encoding_names():
+        raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(spec)
+    except Exception as error:      # whatever the network stack raises: the cause is in the message
+        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. Offline, set "
+                         f"TIKTOKEN_CACHE_DIR to a folder that holds it ({type(error).__name__}: {error})"[:400])
+
+# -----------------------------------------------------------------------------
+# checkpoints: a dict with config, model, encoding (as above), heldout rows, and what train.py needs to go on
+
+def save_atomically(file, write):
+    """Writes a file in one step: whoever reads it, after a crash at any instant, finds the old one or the new one."""
+    folder = os.path.dirname(os.path.abspath(file))
+    os.makedirs(folder, exist_ok=True)
+    part = f"{file}.part"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+
+
+def save_checkpoint(file, checkpoint):
+    buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
+    torch.save(checkpoint, buffer)
+    save_atomically(file, lambda f: f.write(buffer.getbuffer()))
+
+
+def load_checkpoint(file, device="cpu"):
+    """-> model, checkpoint. Raises ValueError, with the reason, for what is not a checkpoint of this project."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)    # weights_only: runs no code in it
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a whole checkpoint of this project: {str(error).strip().splitlines()[0]}")
+    return model.to(device), checkpoint
+
+
+def checkpoint_of(model, **more):
+    return {"config": asdict(model.config), "model": model.state_dict(), **more}
+
+# -----------------------------------------------------------------------------
+# what every script does at its start
+
+def default_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows every default, and says what is wrong in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_script(main):
+    """Bad input ends in one line and exit code 2. Everything that is not the user's input keeps its traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
