@@ -245,8 +245,8 @@ def mean_loss(model, rows, path=None, batch=16):
 # -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
 
-# words with the space before them, pairs of digits, the marks of the question formats, single other characters
-PIECES = r"""->|___|\n+| ?[A-Za-z]+|\d{1,2}| ?[^\sA-Za-z\d]|\s"""
+# words and numbers below 100 with the space before them, the marks of the question formats, single other characters
+PIECES = r"""->|___|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
 
 
 def load_encoding(spec):
