@@ -2,7 +2,7 @@
 Reasoning primitives and the other task families of the paper, on a small world that is also the built-in training text.
 
     python evaluate.py out/*/ckpt.pt                                 # one table, mean +- std over seeds: a minute a model
-    python evaluate.py out/*/ckpt.pt --loop 3,2,1                    # the same along a looped path as well
+    python evaluate.py out/*/ckpt.pt --loop 3,2,1 3,2,2              # the same along looped paths: start,block,repeats
     python evaluate.py out/*/ckpt.pt --sweep                         # best block and repeats (claim 2): minutes a model
     python evaluate.py out/*/ckpt.pt --tasks assign-1 --shots 0 1 2 3       # in-context curve (claim 3)
     python evaluate.py out/*/ckpt.pt --tasks assign-1 --finetune 16 64 256  # fine-tuning curve (claim 3)
@@ -20,8 +20,12 @@ an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|`, which
     q=12
     m=___. ->|10
 """
+import copy
+import json
+import os
 import random
 import re
+import statistics
 import zlib
 from collections import Counter
 
@@ -29,7 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import PIECES
+from loop import loop_path
+from model import PIECES, Parser, default_device, load_checkpoint, load_encoding, mean_loss, run_script
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -311,3 +316,234 @@ def accuracy(model, encoding, task, n=200, shots=5, path=None, seed=0):
     examples, shots = encode_examples(task, encoding, model.config.context, n, shots, seed)
     mean = sum(is_right(model, examples, path)) / n
     return {"accuracy": mean, "se": (mean * (1 - mean) / n) ** 0.5, "n": n, "chance": TASKS[task][2], "shots": shots}
+
+
+def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
+    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
+    the mean over five tests in the last third of the steps, on held-out examples (MIDAS's protocol, shortened)."""
+    tuned = copy.deepcopy(model).train()
+    rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
+    pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
+    pairs = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a)) for p, a in pairs]
+    tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
+    tokens = torch.zeros(n_train, max(len(p) + len(a) for p, a in pairs) - 1, dtype=torch.long)
+    targets = torch.full_like(tokens, -1)           # only the answer is learned
+    for row, target, (p, a) in zip(tokens, targets, pairs):
+        row[:len(p) + len(a) - 1] = torch.tensor(p + a[:-1])
+        target[len(p) - 1:len(p) + len(a) - 1] = torch.tensor(a)
+    tokens, targets = tokens.to(device), targets.to(device)
+    optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
+    for step in range(1, steps + 1):
+        tuned(tokens, targets)[1].backward()
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:
+            scores.append(sum(is_right(tuned, tests)) / n_test)
+    return sum(scores) / len(scores)
+
+
+def final_answer(text):
+    """What counts of an answer: the part behind GSM8K's ####, else the last number, else all of it."""
+    if "####" in text:
+        text = text.split("####")[1].strip().split("\n")[0]
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else text.strip()
+
+
+def answer_file(model, encoding, file, n, max_new_tokens):
+    """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`."""
+    right = []
+    with open(file, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                item = json.loads(line)
+                question, answer = item["question"], item["answer"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}, line {number}: not a JSON object with a question and an answer")
+            tokens = encoding.encode_ordinary(ask(question))[-(model.config.context - max_new_tokens - 1):]
+            tokens = torch.tensor([[encoding.eot_token] + tokens], device=model.embed.weight.device)
+            new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)[0, tokens.shape[1]:]
+            text = encoding.decode([t for t in new.tolist() if t != encoding.eot_token])
+            right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
+            if len(right) == n:
+                break
+    if not right:
+        raise ValueError(f"{file} holds no questions")
+    return right
+
+# -----------------------------------------------------------------------------
+# measurements are rows: {"table", "model", "seed", "column", "value", ...}; every table is printed from rows alone
+
+def summary(model, checkpoint):
+    """What a model is and what it cost, for the first columns of its rows."""
+    columns = {"depth": len(model.config.full_path), "params": sum(p.numel() for p in model.parameters())}
+    if "flops_share" in checkpoint:
+        columns["flops"] = checkpoint["flops_share"]
+    return columns
+
+
+def measure(args, run, model, checkpoint):
+    """All that was asked for, of one model -> rows without the model's name."""
+    encoding = load_encoding(checkpoint["encoding"])
+    loops = [None] + [[int(x) for x in loop.split(",")] for loop in args.loop]
+    paths = {"" if loop is None else " +" + ",".join(map(str, loop)):
+             None if loop is None else loop_path(model.config.n_layer, *loop) for loop in loops}
+    rows = []
+
+    def add(table, column, value, suffix="", **more):
+        rows.append({"table": table, "suffix": suffix, "column": column, "value": value, **more})
+
+    if args.questions:
+        right = answer_file(model, encoding, args.questions, args.n, args.tokens)
+        add("questions", os.path.basename(args.questions), sum(right) / len(right), n=len(right))
+    elif args.shots:
+        for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False):
+            for shots in args.shots:
+                score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
+                if score["shots"] == shots:         # else they do not fit the context
+                    add(f"{task}: accuracy by number of shots", str(shots), score["accuracy"], **score)
+    elif args.finetune:
+        for task in args.tasks:
+            for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning on {task}", leave=False):
+                draws = [finetune(model, encoding, task, n_train, args.n, seed=draw) for draw in range(args.draws)]
+                add(f"{task}: accuracy by number of fine-tuning examples", str(n_train), statistics.mean(draws),
+                    n=args.n, chance=TASKS[task][2], draws=args.draws)
+    elif args.sweep:
+        sweep(args, run, model, encoding, add)
+    else:
+        for suffix, path in paths.items():
+            columns = summary(model, checkpoint)
+            columns["depth"] = len(path or model.config.full_path)
+            for name, heldout in checkpoint["heldout"].items():
+                columns[f"loss {name}"] = mean_loss(model, heldout, path)
+            for column, value in columns.items():
+                add("tasks", column, value, suffix)
+            for task in tqdm(args.tasks, desc=f"{run}{suffix}", leave=False):
+                score = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
+                add("tasks", task, score["accuracy"], suffix, **score)
+    return rows
+
+
+def sweep(args, run, model, encoding, add):
+    """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even examples, and its
+    accuracy on the odd ones beside the plain model's: chosen and reported on different questions."""
+    n_layer = model.config.n_layer
+    plain = model.config.path or list(range(n_layer))
+    paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
+             for start in range(n_layer - args.block + 1) for repeats in args.repeats}
+    for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False):
+        examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
+        right = {key: is_right(model, examples, path) for key, path in {None: plain, **paths}.items()}
+        best = max(paths, key=lambda key: sum(right[key][::2]))
+        for suffix, key in (("", None), (" best loop", best)):
+            report = right[key][1::2]
+            add("sweep", task, sum(report) / len(report), suffix, n=len(report), shots=shots, chance=TASKS[task][2],
+                start_repeats=key, chosen_at=sum(right[key][::2]) / len(right[key][::2]))
+
+
+def print_tables(rows, detail=False):
+    """Prints one table per kind of row: a line per model, mean +- std over seeds (+- standard error for one seed), a
+    column per task, or per group of tasks that differ in the wording only."""
+    for table in dict.fromkeys(r["table"] for r in rows):
+        cells, chances, seeds, sizes = {}, {}, {}, set()
+        for r in (r for r in rows if r["table"] == table):
+            model = r["model"] + r.get("suffix", "")
+            column = r["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", r["column"])
+            cells.setdefault((model, column), {}).setdefault(r["seed"], []).append(r["value"])
+            chances.setdefault(column, []).append(r.get("chance"))
+            seeds.setdefault(model, set()).add(r["seed"])
+            sizes |= {r["n"]} if "n" in r else set()
+        columns = list(dict.fromkeys(column for _, column in cells))
+        width = max(len(model) for model in seeds) + 2
+        print(f"\n{table}" + (f" (% right of {'/'.join(map(str, sorted(sizes)))} examples a task)" if sizes else ""))
+        print(" " * width + "seeds" + "".join(f"{column:>14}" for column in columns))
+        for model in seeds:
+            line = f"{model:<{width}}{len(seeds[model]):>5}"
+            for column in columns:
+                by_seed = [statistics.mean(values) for values in cells.get((model, column), {}).values()]
+                line += f"{show(column, by_seed, chances[column], sizes):>14}"
+            print(line)
+        if any(chances[column][0] is not None for column in columns):
+            print(f"{'chance':<{width + 5}}" + "".join(
+                f"{'' if None in chances[c] else f'{100 * statistics.mean(chances[c]):.0f}':>14}" for c in columns))
+
+
+def show(column, values, chances, sizes):
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    if column == "depth":
+        return f"{mean:.0f}"
+    if column == "params":
+        return f"{mean / 1e6:.2f}M"
+    if column.startswith("loss"):
+        return f"{mean:.3f}" + ("" if spread is None else f"±{spread:.3f}")
+    if column != "flops" and spread is None:
+        spread = (mean * (1 - mean) / (max(sizes) * len(chances) ** 0)) ** 0.5
+    return f"{100 * mean:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+
+# -----------------------------------------------------------------------------
+
+def label(file, checkpoint):
+    """What a model is called in a table: its run's folder, less the seed at its end, so that seeds share a line."""
+    seed = checkpoint.get("args", {}).get("seed", 0)
+    folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
+    name = os.path.basename(file)
+    return re.sub(rf"-s?{seed}$", "", folder) + ("" if name == "ckpt.pt" else f"/{name}"), seed
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
+    # what to measure
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, a standard error of 3.5%% at most)")
+    parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="evaluate these paths too")
+    parser.add_argument("--sweep", action="store_true", help="the best looped block for each task")
+    parser.add_argument("--block", type=int, default=2, help="--sweep: layers looped (default: 2, as train.py's)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4], help="--sweep: extra visits (default: 1 2 4)")
+    parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
+    parser.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of training examples")
+    parser.add_argument("--draws", type=int, default=3, help="--finetune: draws of the examples (default: 3)")
+    parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer, as GSM8K's, in place of tasks")
+    parser.add_argument("--tokens", type=int, default=128, help="--questions: longest answer (default: 128)")
+    # where it goes
+    parser.add_argument("--rows", metavar="FILE", help="append every measured value to this .jsonl file")
+    parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
+    parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
+    parser.add_argument("--detail", action="store_true", help="a column for every wording of a task")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    args = parser.parse_args()
+    if bool(args.checkpoints) == bool(args.table):
+        parser.error("name checkpoints to evaluate, or a file of rows with --table")
+    if args.n < 2 or min(args.draws, args.tokens, args.block) < 1 or min([0] + (args.shots or [])) < 0 \
+            or min([1] + (args.finetune or [])) < 1 or min(args.repeats) < 1:
+        parser.error("-n must be at least 2; --draws, --tokens, --block, --repeats, --finetune at least 1; --shots 0")
+    for loop in args.loop:
+        if not re.fullmatch(r"\d+,\d+,\d+", loop):
+            parser.error(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {loop}")
+
+    rows = []
+    if args.table:
+        with open(args.table, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+    for file in args.checkpoints:
+        model, checkpoint = load_checkpoint(file, args.device)
+        name, seed = label(file, checkpoint)
+        new = [{"model": name, "seed": seed, "run": file, **row} for row in measure(args, file, model, checkpoint)]
+        rows += new
+        if args.rows:
+            with open(args.rows, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in new)
+    if args.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        print_tables([row for row in rows if args.only in row["table"]], args.detail)
+
+
+if __name__ == "__main__":
+    run_script(main)
