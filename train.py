@@ -1,0 +1,526 @@
+"""
+The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning rate, and is
+cooled down at full depth on a mixture with math, as the models of the paper are.
+
+    python train.py                                             # the built-in world, LIDAS growth: minutes on two cores
+    python train.py --method baseline                           # full depth from the first step
+    python train.py --method looped --loop 2-2x2-2              # trained with tied weights along a looped path
+    python train.py --resume                                    # goes on after a crash, to bitwise the same weights
+    python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop   # another cooldown, from one run
+    python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine        # text of your own
+    torchrun --nproc_per_node=2 train.py                        # more than one GPU
+
+    LR  ___________________________
+       /   |      |        |       |\\              |  a growth step: a block of layers is duplicated (grow.py)
+      / 2  |  4   |   6    |   8   | \\             numbers: layers
+     warm-up     constant           cooldown, linear to zero, with math
+"""
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import evaluate
+from grow import METHODS, check_optimizer, grow, grow_optimizer, growth_steps, training_flops
+from loop import parse_loop
+from model import (GPT, GPTConfig, Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss,
+                   run_script, save_atomically, save_checkpoint)
+
+# -----------------------------------------------------------------------------
+# data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached file of tokens
+
+def texts_of(file):
+    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError naming the line that cannot be read."""
+    number = 0
+    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+        try:
+            if not file.endswith((".jsonl", ".jsonl.gz")):
+                yield f.read()
+                return
+            for number, line in enumerate(f, 1):
+                item = json.loads(line)
+                yield item["text"] if "text" in item else f"{evaluate.ask(item['question'])} {item['answer']}"
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{file}, line {number}: not a JSON object with a text, or a question and an answer")
+        except (EOFError, gzip.BadGzipFile):
+            raise ValueError(f"{file} is not a whole gzip file")
+
+
+def tokens_of(file):
+    """A .bin file of token ids: raw uint16 (nanoGPT), or behind a header of 256 int32 (llm.c, modded-nanogpt)."""
+    header = np.fromfile(file, dtype=np.int32, count=256)
+    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
+        tokens = np.memmap(file, dtype=np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
+        if len(tokens) != header[2]:
+            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, it holds {len(tokens)}")
+        return tokens
+    if os.path.getsize(file) % 2:
+        raise ValueError(f"{file} is no token file: uint16 tokens do not make {os.path.getsize(file)} bytes")
+    return np.memmap(file, dtype=np.uint16, mode="r")
+
+
+def encode(files, encoding, write):
+    """Writes the tokens of all files, an end-of-text token before each document."""
+    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
+    for file in files:
+        if file.endswith(".bin"):
+            tokens = tokens_of(file)
+            for start in range(0, len(tokens), 2 ** 24):
+                part = np.array(tokens[start:start + 2 ** 24])
+                if part.max() >= encoding.n_vocab:
+                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has {encoding.n_vocab}: "
+                                     "name the encoding it was made with by --encoding")
+                write(part.astype(dtype).tobytes())
+        else:
+            for text in tqdm(texts_of(file), desc=f"encoding {file}", unit=" documents", leave=False):
+                write(np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=dtype).tobytes())
+
+
+def cached_rows(args, encoding, key, produce):
+    """The rows (n, context + 1) of a token file beside --out, made by produce(write) where it does not exist yet."""
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    file = os.path.join(os.path.dirname(os.path.abspath(args.out)), "data", f"{name}.bin")
+    if not os.path.exists(file):
+        save_atomically(file, lambda f: produce(f.write))
+    if os.path.getsize(file) == 0:
+        raise ValueError("there is no text in the files")
+    tokens = np.memmap(file, dtype=np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32, mode="r")
+    return tokens[:len(tokens) // (args.context + 1) * (args.context + 1)].reshape(-1, args.context + 1)
+
+
+def file_stream(args, encoding, files):
+    """-> training rows, held-out rows (the last 64, or the last twentieth of a small file)."""
+    stats = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
+    rows = cached_rows(args, encoding, (args.encoding, stats), lambda write: encode(files, encoding, write))
+    n_heldout = min(64, -(-len(rows) // 20))
+    if len(rows) - n_heldout < 1:
+        raise ValueError(f"{' '.join(files)}: too short for a context of {args.context} tokens, which needs at least "
+                         f"{2 * (args.context + 1)} of them; give more text or a smaller --context")
+    return rows[:-n_heldout], rows[-n_heldout:]
+
+
+def world_stream(args, encoding, stream, n):
+    """-> n training rows, 64 held-out rows of the built-in world."""
+    def rows(n, heldout):
+        with open(evaluate.__file__, "rb") as source:       # another world, another cache
+            key = (stream, n, heldout, args.context, hashlib.sha256(source.read()).hexdigest())
+        return cached_rows(args, encoding, key, lambda write: write(
+            evaluate.world_rows(encoding, args.context, n, stream, heldout, seed=0).tobytes()))
+    return rows(n, False), rows(64, True)
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, *seed):
+    return np.random.default_rng(seed).permutation(n)
+
+
+def batch_of(streams, args, step, rank=0, world_size=1):
+    """Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of (seed, step,
+    rank), so that a resumed run sees what an uninterrupted one would. All ranks together make the batch of one.
+
+    Every epoch of a stream is a new permutation of its rows. In the cooldown a row is math with chance --math-share.
+    """
+    chance = args.math_share if step >= constant_steps(args) else 0.0
+    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < chance
+    rows = []
+    for i in range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size):
+        stream = streams["math" if is_math[i] else "general"]
+        epoch, place = divmod(step * args.batch + i, len(stream))
+        rows.append(stream[permutation(len(stream), args.seed, epoch)[place]])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:].contiguous()
+
+# -----------------------------------------------------------------------------
+# the schedule: pure functions of the step
+
+def constant_steps(args):
+    """Steps before the cooldown, warm-up included."""
+    return args.steps - round(args.steps * args.cooldown)
+
+
+def learning_rate(args, step):
+    """Warm-up, constant, linear cooldown to zero (SmolLM's trapezoid)."""
+    left = (args.steps - step) / max(1, args.steps - constant_steps(args))
+    return args.lr * min(1.0, (step + 1) / args.warmup, left)
+
+
+def stages(args):
+    """[(first step, depth), ...]: growth by --block layers within the constant phase, then the cooldown."""
+    constant, first = constant_steps(args), [(0, args.layers)]
+    if args.method in METHODS:
+        steps = growth_steps(constant, args.layers // args.block, args.alpha)
+        first = [(sum(steps[:i]), (i + 1) * args.block) for i in range(len(steps))]
+    depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
+    return first + [(constant, depth)]
+
+
+def flops_until(args, config, step):
+    """Training FLOPs of all steps before this one."""
+    plan, flops = stages(args), 0
+    for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
+        n_tokens = max(0, min(step, end) - start) * args.batch * args.context
+        flops += training_flops(config, n_tokens, path=range(depth))
+    return flops
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+              "4090": 165e12, "3090": 71e12, "T4": 65e12}       # dense bf16 (T4: fp16), from the vendor's data sheets
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+
+# -----------------------------------------------------------------------------
+# the model and its optimizer
+
+def make_optimizer(model, args):
+    """AdamW, with decay on the matrices only: not on the gains of the norms."""
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    fused = not args.device.startswith("mps")
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def will_compile(args, say):
+    """Whether to compile the layers: on CUDA, and on the CPU where the run is long enough to win the time back."""
+    if args.compile != "auto":
+        return args.compile == "on"
+    if args.device.startswith("cuda"):
+        missing = None if importlib.util.find_spec("triton") else "Triton is not installed"
+    elif args.device == "cpu" and args.steps >= 500:
+        missing = None if any(map(shutil.which, ("g++", "clang++", "cl"))) else "no C++ compiler is installed"
+    else:
+        missing = "a short run would not win back the compile time" if args.device == "cpu" else "not used on MPS"
+    if missing:
+        say(f"running eagerly: {missing}")
+    return not missing
+
+
+def prepare(model, args, compiled, distributed):
+    """-> what training calls: compiled layer by layer, not whole, so that growth and paths reuse the code; in DDP."""
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    model.train()
+    return torch.nn.parallel.DistributedDataParallel(model) if distributed else model
+
+
+def grow_by_one_block(model, optimizer, args):
+    """One stage of growth: the deeper model, and its optimizer with the moments copied along the same path."""
+    path = METHODS[args.method](model.config.n_layer, args.block)
+    grown = grow(model, path)
+    new_optimizer = grow_optimizer(optimizer, make_optimizer(grown, args), model, grown, path)
+    check_optimizer(new_optimizer, grown)
+    return grown, new_optimizer, path
+
+# -----------------------------------------------------------------------------
+# arguments
+
+SIZES = {   # fits the device: minutes on two CPU cores; on a GPU a larger model in the same time or less
+    "cpu": {"layers": 8, "width": 64, "heads": 2, "context": 256, "batch": 16, "steps": 2000},
+    "mps": {"layers": 8, "width": 128, "heads": 4, "context": 256, "batch": 16, "steps": 2000},
+    "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
+}
+MAY_DIFFER = {"resume", "out", "device", "compile"}         # from the run that is resumed
+MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run that --init names
+
+
+def read_args():
+    parser = Parser(__doc__)
+    # the model and how it gets its depth
+    parser.add_argument("--method", default="lidas", choices=["baseline", *METHODS, "looped"],
+                        help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
+    parser.add_argument("--layers", type=int, help="depth at the end (default: 8 = 4 stages of growth; CUDA: 16)")
+    parser.add_argument("--block", type=int, default=2, help="layers added per stage (default: 2; the papers: 4 of 24)")
+    parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: the middle "
+                                       "quarter twice, 2-2x2-2 for 8 layers)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="PROP-alpha: later stages get more steps (default: 1)")
+    parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
+    parser.add_argument("--heads", type=int, help="attention heads, at least 32 wide or nothing is copied (default: 2)")
+    parser.add_argument("--kv-heads", type=int, help="fewer than --heads: grouped-query attention (default: as many)")
+    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, holds 4 worked examples; CUDA: 512)")
+    # the schedule
+    parser.add_argument("--steps", type=int, help="all of them (default: 2000, minutes on the device)")
+    parser.add_argument("--batch", type=int, help="rows per step, over all GPUs (default: 16; CUDA: 64)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="higher ones never learn to copy (default: 0.001)")
+    parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
+    parser.add_argument("--cooldown", type=float, default=0.2, help="last share of the steps (default: 0.2, SmolLM's)")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (default: 0.1, the usual one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the init and the order of the rows (default: 0)")
+    # the data
+    parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
+    parser.add_argument("--math", nargs="+", help="files with math for the cooldown (default: the built-in world's)")
+    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.5, so that the general "
+                                                         "text is not forgotten; 0 where there is no math)")
+    parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download (default: gpt2 for files)")
+    # the run
+    parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from the end of a run's constant phase")
+    parser.add_argument("--evals", type=int, default=20, help="evaluations, each a log line and a checkpoint (default: 20)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="the layers (default: where it pays)")
+
+    args = parser.parse_args()
+    checkpoint = None
+    args.out = args.out or os.path.join("out", args.method)
+    latest = os.path.join(args.out, "ckpt.pt")
+    if args.resume and not os.path.exists(latest):
+        raise ValueError(f"nothing to resume: there is no {latest}")
+    if not args.resume and os.path.exists(latest):
+        raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
+    if args.resume or args.init:        # what is not given is as in that run; what is given must not contradict it
+        model, checkpoint = load_checkpoint(latest if args.resume else args.init, args.device)
+        saved = {key: value for key, value in checkpoint.get("args", {}).items() if key not in ("out", "resume", "init")}
+        if not saved or "optimizer" not in checkpoint:
+            raise ValueError(f"{latest if args.resume else args.init} was not written by train.py")
+        parser.set_defaults(**{**saved, "device": args.device, "compile": args.compile})
+        given = parser.parse_args()
+        changed = [k for k in saved if k not in (MAY_DIFFER if args.resume else MAY_BRANCH) and getattr(given, k) != saved[k]]
+        if changed:
+            raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run and cannot change")
+        if args.init and not args.resume and checkpoint["step"] != constant_steps(given):
+            raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant phase, as "
+                             "a run's stable.pt is")
+        given.out = args.out
+        return given, model, checkpoint
+    for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
+        if getattr(args, key) is None and not (key == "layers" and args.loop):
+            setattr(args, key, value)
+    check(args)
+    return args, None, None
+
+
+def check(args):
+    """Fills in what follows from other arguments. Raises ValueError for what contradicts."""
+    for name in ("steps", "batch", "warmup", "evals", "block", "alpha", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
+    for name, value in (("cooldown", args.cooldown), ("math-share", args.math_share or 0.0)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name} is a share, from 0 to 1, not {value}")
+    if constant_steps(args) < 1 or not 0 <= args.weight_decay < math.inf or args.seed < 0:
+        raise ValueError("--steps less the cooldown must leave a step; --weight-decay and --seed must be 0 or more")
+    if args.loop and args.method != "looped":
+        raise ValueError("--loop trains along a path from the first step with --method looped, or in a cooldown of "
+                         "its own with --init")
+    if args.method == "looped":
+        quarter = max(1, (args.layers or 0) // 4)
+        args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"
+        depth = len(parse_loop(args.loop)[1])
+        if args.layers not in (None, depth):
+            raise ValueError(f"--loop {args.loop} is {depth} visits deep, which contradicts --layers {args.layers}")
+        args.layers = depth
+    elif args.method in METHODS:
+        METHODS[args.method](args.layers, args.block)       # the block must divide the layers
+    stages(args)                                            # and the stages need steps
+    args.kv_heads = args.kv_heads or args.heads
+    if args.math and not args.data:
+        raise ValueError("--math goes with --data: the built-in world has math of its own")
+    if args.math_share is None:
+        args.math_share = 0.0 if args.data and not args.math else 0.5
+    if args.math_share and args.data and not args.math:
+        raise ValueError("--math-share needs --math FILE, where the math is taken from")
+    for file in (args.data or []) + (args.math or []):
+        if not os.path.isfile(file):
+            raise ValueError(f"there is no file {file}")
+    args.encoding = args.encoding or ("gpt2" if args.data else "world")
+
+
+def open_streams(args, encoding):
+    """-> training rows of each stream, held-out rows of each stream."""
+    n = args.steps * args.batch         # the world writes as much as the run reads: no row is seen twice
+    if args.data:
+        general = file_stream(args, encoding, args.data)
+        math_ = file_stream(args, encoding, args.math) if args.math else None
+    else:
+        general = world_stream(args, encoding, "general", n)
+        math_ = world_stream(args, encoding, "math", max(1, n - constant_steps(args) * args.batch))
+    streams = {"general": general} if math_ is None else {"general": general, "math": math_}
+    return ({name: train for name, (train, _) in streams.items()},
+            {name: torch.from_numpy(heldout.astype(np.int32)) for name, (_, heldout) in streams.items()})
+
+
+def build(args, encoding):
+    n_layer, path = parse_loop(args.loop) if args.loop else (stages(args)[0][1], None)
+    torch.manual_seed(args.seed)
+    return GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
+                         n_embd=args.width, n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context,
+                         path=path, init_depth=args.layers)).to(args.device)
+
+# -----------------------------------------------------------------------------
+
+def main():
+    args, model, checkpoint = read_args()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % world_size:
+        raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
+    if world_size > 1:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    torch.set_float32_matmul_precision("high")
+    say = tqdm.write if rank == 0 else lambda line: None
+
+    # ---- the data
+    spec = checkpoint["encoding"] if checkpoint else args.encoding
+    encoding = load_encoding(evaluate.world_words() if spec == "world" else spec)
+    if rank == 0:
+        streams, heldout = open_streams(args, encoding)     # writes the token files
+    if world_size > 1:
+        dist.barrier()
+    if rank > 0:
+        streams, heldout = open_streams(args, encoding)
+
+    # ---- the model, new or as it was saved
+    start, log, growth = 0, [], []
+    if checkpoint is None:
+        model = build(args, encoding)
+    else:
+        start, log, growth = checkpoint["step"], checkpoint["log"], checkpoint["growth"]
+        if args.loop and model.config.path is None:         # --init: from here on the middle block loops
+            n_layer, path = parse_loop(args.loop)
+            if n_layer != model.config.n_layer:
+                raise ValueError(f"--loop {args.loop} is of {n_layer} layers, the model has {model.config.n_layer}")
+            model.config.path = path
+    optimizer = make_optimizer(model, args)
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    compiled = will_compile(args, say)
+    training = prepare(model, args, compiled, world_size > 1)
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.device.startswith("cuda"))
+    peak, plain = peak_flops(args.device), args.batch * args.context * args.steps
+    plain = training_flops(model.config, plain, path=range(stages(args)[-1][1]))    # the baseline of the final depth
+    total = flops_until(args, model.config, args.steps)
+    say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in stages(args)[:-1])}"
+        f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context} tokens on "
+        f"{args.device}, {total:.2e} FLOPs = {total / plain:.0%} of a plain model's of depth {stages(args)[-1][1]}")
+
+    def save(name, step):
+        flops = flops_until(args, model.config, step)
+        save_checkpoint(os.path.join(args.out, name), checkpoint_of(
+            model, encoding=spec if isinstance(spec, list) or spec != "world" else evaluate.world_words(),
+            heldout=heldout, args=vars(args), step=step, log=log, growth=growth, optimizer=optimizer.state_dict(),
+            flops=flops))
+        save_atomically(os.path.join(args.out, "log.jsonl"),
+                        lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
+
+    def report(step, loss, seconds, n_steps):
+        """One line and one row of the log. Raises FloatingPointError when training has gone wrong."""
+        losses = {name: mean_loss(model, rows) for name, rows in heldout.items()}
+        if not all(map(math.isfinite, [loss, *losses.values()])):
+            raise FloatingPointError(f"the loss is not finite at step {step}: try a lower --lr")
+        flops = flops_until(args, model.config, step)
+        rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
+        row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
+               "lr": learning_rate(args, step), "depth": len(model.config.full_path), "flops": flops,
+               "flops_share": flops / plain, "tokens_per_second": n_steps * args.batch * args.context / seconds}
+        if peak:
+            row["mfu"] = rate / peak / world_size
+        log.append(row)
+        eta = time.strftime("%H:%M:%S", time.gmtime((total - flops) / rate)) if rate else "-"
+        say(f"step {step:>6}/{args.steps} {step / args.steps:>4.0%}  loss {loss:.4f}  held-out " +
+            "  ".join(f"{name} {value:.4f}" for name, value in losses.items()) +
+            f"  lr {row['lr']:.1e}  depth {row['depth']}  {row['tokens_per_second'] / 1e3:.1f}k tok/s" +
+            (f"  MFU {row['mfu']:.0%}" if peak else "") + f"  FLOPs {flops:.2e} ({flops / plain:.0%})  ETA {eta}")
+
+    # ---- training
+    constant = constant_steps(args)
+    growing = {step for step, _ in stages(args)[1:-1]}
+    reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
+    signals = []
+
+    def on_signal(number, frame):       # the second one ends the program at once
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    if rank == 0 and not log:
+        report(0, mean_loss(model, heldout["general"]), 1.0, 0)
+    if rank == 0 and not args.resume:
+        save("ckpt.pt", start)          # an unwritable --out is noticed now
+    loss_sum, since, clock = 0.0, start, time.time()
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        tokens, targets = batch_of(streams, args, step, rank, world_size)
+        if args.device.startswith("cuda"):
+            tokens, targets = tokens.pin_memory(), targets.pin_memory()
+        tokens = tokens.to(args.device, non_blocking=True)
+        targets = targets.to(args.device, non_blocking=True)
+        with autocast:
+            loss = training(tokens, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_sum += loss.detach()       # stays on the device: the loop waits for it at the log lines only
+
+        done = step + 1
+        if done in growing:
+            before = mean_loss(model, heldout["general"])
+            model, optimizer, path = grow_by_one_block(model, optimizer, args)
+            training = prepare(model, args, compiled, world_size > 1)
+            after = mean_loss(model, heldout["general"])
+            growth = growth + [{"step": done, "path": path}]
+            log.append({"step": done, "growth": path, "loss before": before, "loss after": after})
+            say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out general loss "
+                f"{before:.4f} before, {after:.4f} after")
+        if rank == 0 and (done in reporting or signals):
+            report(done, float(loss_sum) / (done - since), time.time() - clock, done - since)
+            save("ckpt.pt", done)
+            if done == constant:
+                save("stable.pt", done)
+            loss_sum, since, clock = 0.0, done, time.time()
+        if signals:
+            say(f"stopped at step {done}; go on with the same command and --resume (--out {args.out})")
+            sys.exit(128 + signals[0])
+
+    # ---- the end
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        finish(model, args, encoding)
+
+
+def finish(model, args, encoding):
+    """A sample, the accuracies on a few tasks, and what to run next."""
+    torch.manual_seed(args.seed)
+    prompt = torch.tensor([[encoding.eot_token]], device=args.device)
+    text = model.generate(prompt, 80, temperature=0.8, stop=encoding.eot_token)[0, 1:].tolist()
+    print("\na sample:\n" + encoding.decode([token for token in text if token != encoding.eot_token]))
+    if not args.data:
+        print("\nright, of 200 held-out questions (chance in brackets):")
+        for task in evaluate.FAMILIES_AT_THE_END:
+            score = evaluate.accuracy(model, encoding, task)
+            print(f"  {task:<14} {score['accuracy']:>6.1%} ({score['chance']:.0%})")
+    file = os.path.join(args.out, "ckpt.pt")
+    middle = (model.config.n_layer - args.block) // 2
+    print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
+          f"  python signatures.py {file}\n  python train.py --init {os.path.join(args.out, 'stable.pt')} "
+          f"--loop {middle}-{args.block}x2-{model.config.n_layer - middle - args.block} --out {args.out}-loop")
+
+
+if __name__ == "__main__":
+    try:
+        run_script(main)
+    except FloatingPointError as error:     # not the user's input, but no bug either
+        print(f"train.py: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
+        sys.exit(1)
