@@ -1,0 +1,343 @@
+"""
+Depth signatures: what each *visit* of a path does, for any checkpoint along any path (arXiv 2505.13898, 2512.08819).
+Claim 1 of the paper is that looped and grown models share them: later layers matter more than in a baseline, and the
+curves repeat with the block that was grown or looped.
+
+    python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt out/looped/ckpt.pt      # curves, numbers: a minute
+    python signatures.py out/*/ckpt.pt --out signatures.json --plot signatures.png      # runs of several seeds
+    python signatures.py out/lidas/ckpt.pt --loop 3,2,1                                 # along a looped path
+
+h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
+Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
+"""
+import json
+import statistics
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+
+from evaluate import label
+from loop import loop_path
+from model import Parser, check_path, default_device, load_checkpoint, mean_loss, run_script, save_atomically
+
+# -----------------------------------------------------------------------------
+# running visit by visit
+
+def run_visits(model, x, rope, path):
+    """The visits of a path on the stream x (batch, time, n_embd) -> lists of h before each, a and m; the last stream."""
+    hs, attentions, mlps = [], [], []
+    for index in path:
+        layer = model.layers[index]
+        a = layer.attn(layer.norm1(x), rope)
+        m = layer.mlp(layer.norm2(x + a))
+        hs.append(x), attentions.append(a), mlps.append(m)
+        x = x + a + m
+    return hs, attentions, mlps, x
+
+
+def trace(model, tokens, path=None):
+    """All visits on tokens (batch, time) -> path, h, a, m (each (depth, batch, time, n_embd)), the last stream."""
+    path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
+    h, a, m, last = run_visits(model, model.embed(tokens), model.rope(0, tokens.shape[1]), path)
+    return path, torch.stack(h), torch.stack(a), torch.stack(m), last
+
+
+@torch.no_grad()
+def contributions(model, tokens, path=None):
+    """Sublayer contributions (arXiv 2505.13898): how much each visit adds, and in which direction.
+
+    -> dict of curves (depth,), means over tokens: attention |a|/|h|, mlp |m|/|h + a|, update |D|/|h|, and the cosines
+    cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h).
+    """
+    _, h, a, m, _ = trace(model, tokens, path)
+    pairs = {"attention": (a, h), "mlp": (m, h + a), "update": (a + m, h)}
+    sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)) for name, (x, y) in pairs.items()}
+    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2)) for name, (x, y) in pairs.items()}
+
+
+@torch.no_grad()
+def skip_effects(model, tokens, path=None, future=None, reduce="max"):
+    """What leaving out one visit changes behind it (arXiv 2505.13898, which takes the maximum over positions).
+
+    Visit s is left out at every position but the first token's, and effect(s, l) = |D_l - D'_l| / |D_l| of each later
+    visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read only at those >= t,
+    where the change can have come through attention alone. reduce: "max" or "mean" over the positions that are read;
+    then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the output (depth,).
+
+    Cost: nothing in front of a visit changes, so the run without visit s starts behind it: depth * (depth + 1) / 2
+    layer passes in all, where running the model anew for each would take depth + depth * (depth - 1).
+    """
+    path, h, a, m, last = trace(model, tokens, path)
+    T = tokens.shape[1]
+    if reduce not in ("max", "mean"):
+        raise ValueError(f"reduce is max or mean over positions, not {reduce!r}")
+    if future is not None and not 1 < future < T:
+        raise ValueError(f"future is a position above 1 and below {T}, not {future}")
+    keep = torch.zeros(T, 1, device=tokens.device)          # where visit s still adds its update
+    keep[:1] = 1.0
+    keep[future or T:] = 1.0
+    read = slice(future or 1, T)
+
+    def over_positions(x):                                  # (..., batch, time) -> (...)
+        return (x[..., read].amax(-1) if reduce == "max" else x[..., read].mean(-1)).mean(-1)
+
+    update, rope = a + m, model.rope(0, T)
+    output = model.head(model.norm(last)).softmax(-1)
+    effects, on_output = torch.zeros(len(path), len(path)), torch.zeros(len(path))
+    for s in range(len(path)):
+        _, a2, m2, last2 = run_visits(model, h[s] + keep * update[s], rope, path[s + 1:])
+        if a2:
+            change = (update[s + 1:] - torch.stack(a2) - torch.stack(m2)).norm(dim=-1) / update[s + 1:].norm(dim=-1)
+            effects[s, s + 1:] = over_positions(change).cpu()
+        on_output[s] = over_positions((output - model.head(model.norm(last2)).softmax(-1)).norm(dim=-1)).cpu()
+    return effects, on_output
+
+
+def later_mean(effects):
+    """Mean effect of each visit on those behind it, (depth, depth) -> (depth - 1,): the last one has none behind it."""
+    return torch.stack([effects[s, s + 1:].mean() for s in range(len(effects) - 1)])
+
+
+def depth_score(curve):
+    """sum_s s e_s / sum_s e_s, visits counted from 0, as a share of the last index: 0.5 is a flat curve
+    (arXiv 2512.08819, which does not divide by the depth)."""
+    s = torch.arange(len(curve), dtype=curve.dtype)
+    return ((s * curve).sum() / curve.sum() / (len(curve) - 1)).item()
+
+
+def late_half_share(curve):
+    """What the later half of the visits have of the curve's sum; of an odd number, the one in the middle counts half."""
+    n = len(curve)
+    late = curve[(n + 1) // 2:].sum() + (curve[n // 2] / 2 if n % 2 else 0)
+    return (late / curve.sum()).item()
+
+
+@torch.no_grad()
+def early_exit(model, tokens, path=None):
+    """The logit lens: the output head on the stream before each visit (and, last, behind all of them).
+
+    -> KL(final || exit) in nats (depth + 1,), overlap of the five likeliest tokens, 0 to 1, (depth + 1,).
+    """
+    _, h, _, _, last = trace(model, tokens, path)
+    final = model.head(model.norm(last)).log_softmax(-1)
+    top = final.topk(5).indices
+    kl, overlap = [], []
+    for x in [*h, last]:
+        exit = model.head(model.norm(x)).log_softmax(-1)
+        kl.append((final.exp() * (final - exit)).sum(-1).mean())
+        overlap.append((exit.topk(5).indices.unsqueeze(-1) == top.unsqueeze(-2)).any(-1).float().mean())
+    return torch.stack(kl).cpu(), torch.stack(overlap).cpu()
+
+
+def reordered(path, size):
+    """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside."""
+    units = [path[i:i + size] for i in range(0, len(path), size)]
+    def join(units):
+        return [index for unit in units for index in unit]
+    n = range(len(units))
+    paths = {"skip": [join(units[:i] + units[i + 1:]) for i in n] if len(units) > 1 else [],
+             "swap": [join(units[:i] + [units[i + 1], units[i]] + units[i + 2:]) for i in n[:-1]]}
+    if size > 1:
+        paths["reverse"] = [join(units[:i] + [units[i][::-1]] + units[i + 1:]) for i in n]
+    return paths
+
+
+def reorder_effects(model, rows, size, path=None):
+    """Change of the loss (nats per token) on rows (n, time + 1) along each path of reordered(): dict of (places,)."""
+    path = model.config.full_path if path is None else path
+    plain = mean_loss(model, rows, path)
+    return {name: torch.tensor([mean_loss(model, rows, p) - plain for p in paths])
+            for name, paths in reordered(path, size).items()}
+
+
+def weight_similarity(model, path=None):
+    """Cosine between the weights of every two visits, the mean over a layer's matrices -> (depth, depth)."""
+    names = [name for name, p in model.layers[0].named_parameters() if p.dim() == 2]
+    similarity = 0
+    for name in names:
+        w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
+        similarity = similarity + w @ w.T / len(names)
+    path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
+    return similarity[path][:, path].cpu()
+
+
+def detrended(curve):
+    """The curve less the straight line that fits it best."""
+    t = torch.stack((torch.ones(len(curve)), torch.arange(len(curve)).float()), dim=1)
+    return curve - (t @ torch.linalg.lstsq(t, curve.unsqueeze(1)).solution).squeeze(1)
+
+
+def periodicity(curve):
+    """Autocorrelation of the detrended curve at lags 1 ... half its length; a pattern aligned with blocks of B visits
+    peaks at lag B. Each lag is a mean over its own number of pairs, so that long lags are not damped. A choice of
+    this project, so that "recurring patterns" is a number."""
+    x = detrended(curve.float())
+    variance = (x * x).mean()
+    return torch.stack([(x[:-lag] * x[lag:]).mean() / variance for lag in range(1, len(x) // 2 + 1)])
+
+
+def convergence(curve, other):
+    """Correlation of two models' curves; the shorter is stretched to the longer's length. 1 for a model with itself."""
+    n = max(len(curve), len(other))
+    curve, other = (F.interpolate(c.float()[None, None], size=n, mode="linear", align_corners=True)[0, 0]
+                    for c in (curve, other))
+    return torch.corrcoef(torch.stack((curve, other)))[0, 1].item()
+
+# -----------------------------------------------------------------------------
+# all of them for one model, and what is printed
+
+COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip_later"]    # in the convergence
+
+
+def all_signatures(model, rows, block, path=None, reduce="max"):
+    """Every signature on rows (n, time + 1) of held-out text -> dict of curves and matrices, all indexed by visit."""
+    tokens = rows[:, :-1].long().to(model.embed.weight.device)
+    result = contributions(model, tokens, path)
+    effects, on_output = skip_effects(model, tokens, path, reduce=reduce)
+    future, future_output = skip_effects(model, tokens, path, future=tokens.shape[1] // 2, reduce=reduce)
+    kl, overlap = early_exit(model, tokens, path)
+    result |= {"skip_effects": effects, "skip_output": on_output, "skip_later": later_mean(effects),
+               "future_output": future_output, "future_later": later_mean(future), "exit_kl": kl, "exit_top5": overlap,
+               "weights": weight_similarity(model, path)}
+    for size in {1, block}:
+        for name, change in reorder_effects(model, rows, size, path).items():
+            result[f"{name}_{'layer' if size == 1 else 'block'}"] = change
+    return {name: x.cpu() for name, x in result.items()}
+
+
+def bars(path, result, names):
+    """One line a visit, one column of bars a curve: a plot that a terminal can show."""
+    print("visit layer  " + "".join(f"{name:<24}" for name in names))
+    for visit, index in enumerate(path):
+        line = f"{visit:>5} {index:>5}  "
+        for name in names:
+            curve = result[name]
+            if visit >= len(curve):
+                line += " " * 24
+                continue
+            value, largest = curve[visit].item(), curve.abs().max().item() or 1.0
+            line += f"{'#' * round(abs(value) / largest * 14):<14}{value:>7.3f}   "
+        print(line.rstrip())
+
+
+def spread(values):
+    return f"{statistics.mean(values):.2f}" + (f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def print_numbers(models, block):
+    """The claims as numbers: a line per method, mean +- standard deviation over its seeds."""
+    names = list(dict.fromkeys(model["name"] for model in models))
+    width = max(map(len, names)) + 2
+
+    def table(title, columns, value):
+        print(f"\n{title}\n{'':<{width}}seeds" + "".join(f"{column:>18}" for column in columns))
+        for name in names:
+            group = [model["curves"] for model in models if model["name"] == name]
+            cells = [[value(curves, column) for curves in group] for column in columns]
+            print(f"{name:<{width}}{len(group):>5}" + "".join(f"{spread(cell):>18}" for cell in cells))
+
+    curves = ["update", "skip_later", "skip_output", "future_later", "future_output"]
+    table("depth score of each curve, 0.5 for a flat one", curves, lambda c, column: depth_score(c[column]))
+    table("share of the later half of the visits, 0.5 for a flat one", curves,
+          lambda c, column: late_half_share(c[column]))
+    lags = range(1, min(len(model["curves"]["update"]) for model in models) // 2 + 1)
+    for curve in ("attention", "mlp", "cos_attention", "skip_output"):
+        table(f"periodicity of {curve}: autocorrelation by lag (* the block)",
+              [f"lag {lag}{' *' if lag == block else ''}" for lag in lags],
+              lambda c, column: periodicity(c[curve])[int(column.split()[1]) - 1].item())
+    table("change of the loss, mean over places", [name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))],
+          lambda c, column: c[column].mean().item())
+
+    print("\nconvergence: correlation of two models' curves, mean over " + ", ".join(COMPARED) +
+          "; of a method with itself: between seeds")
+    print(" " * width + "".join(f"{name:>18}" for name in names))
+    cells = {}
+    for one, other in combinations(models, 2):
+        value = statistics.mean(convergence(one["curves"][c], other["curves"][c]) for c in COMPARED)
+        for key in {(one["name"], other["name"]), (other["name"], one["name"])}:
+            cells.setdefault(key, []).append(value)
+    for name in names:
+        print(f"{name:<{width}}" + "".join(
+            f"{spread(cells[name, other]) if (name, other) in cells else '-':>18}" for other in names))
+
+
+def plot(file, models):
+    """One figure: curves by visit in front, effects of skipping as pictures below."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = list(dict.fromkeys(model["name"] for model in models))
+    shown = ["attention", "mlp", "skip_output", "skip_later"]
+    figure, axes = plt.subplots(2, max(len(shown), len(names)), squeeze=False, layout="constrained",
+                                figsize=(3 * max(len(shown), len(names)), 5.5))
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, curve in zip(axes[0], shown):
+        axis.set_visible(True)
+        for i, name in enumerate(names):
+            group = torch.stack([model["curves"][curve] for model in models if model["name"] == name])
+            axis.plot(group.mean(0), color=f"C{i}", marker=".", label=name)
+            if len(group) > 1:
+                axis.fill_between(range(group.shape[1]), group.mean(0) - group.std(0), group.mean(0) + group.std(0),
+                                  color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.set(title=curve, xlabel="visit")
+    axes[0, 0].legend(fontsize="small")
+    for axis, name in zip(axes[1], names):
+        axis.set_visible(True)
+        group = torch.stack([model["curves"]["skip_effects"] for model in models if model["name"] == name])
+        axis.imshow(group.mean(0).T.clamp(max=1), origin="lower", vmin=0, vmax=1)
+        axis.set(title=f"{name}: effect", xlabel="skipped visit", ylabel="on visit")
+    figure.savefig(file, dpi=150)
+
+# -----------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", help="checkpoints of train.py or grow.py")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows to run (default: 16, enough for two digits)")
+    parser.add_argument("--stream", default="general", help="of which held-out text (default: general; or math)")
+    parser.add_argument("--block", type=int, default=2, help="size of reordered blocks (default: 2, as train.py's)")
+    parser.add_argument("--loop", metavar="START,BLOCK,REPEATS", help="run every model along this looped path")
+    parser.add_argument("--reduce", choices=["max", "mean"], default="max",
+                        help="skip effects over positions (default: max, as arXiv 2505.13898)")
+    parser.add_argument("--quiet", action="store_true", help="only the numbers, no curves")
+    parser.add_argument("--out", default="signatures.json", help="file for all curves (default: signatures.json)")
+    parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    args = parser.parse_args()
+    if args.rows < 1 or args.block < 1:
+        parser.error("--rows and --block must be at least 1")
+
+    models = []
+    for file in args.checkpoints:
+        model, checkpoint = load_checkpoint(file, args.device)
+        if args.stream not in checkpoint["heldout"]:
+            raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout'])}, not of {args.stream}")
+        path = model.config.full_path
+        if args.loop:
+            try:
+                path = loop_path(model.config.n_layer, *map(int, args.loop.split(",")))
+            except TypeError:
+                raise ValueError(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {args.loop}")
+        if len(path) < 4:
+            raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth")
+        name, seed = label(file, checkpoint)
+        curves = all_signatures(model, checkpoint["heldout"][args.stream][:args.rows], args.block, path, args.reduce)
+        models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})
+        if not args.quiet:
+            print(f"\n{file}: depth {len(path)}, {args.rows} rows of {args.stream} text")
+            bars(path, curves, ["attention", "mlp", "skip_output", "skip_later"])
+            bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
+    print_numbers(models, args.block)
+    rows = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}} for model in models]
+    save_atomically(args.out, lambda f: f.write(json.dumps(rows).encode()))
+    if args.plot:
+        plot(args.plot, models)
+
+
+if __name__ == "__main__":
+    run_script(main)
