@@ -509,8 +509,11 @@ def finish(model, args, encoding):
     if not args.data:
         print("\nright, of 200 held-out questions (chance in brackets):")
         for task in evaluate.FAMILIES_AT_THE_END:
-            score = evaluate.accuracy(model, encoding, task)
-            print(f"  {task:<14} {score['accuracy']:>6.1%} ({score['chance']:.0%})")
+            try:
+                score = evaluate.accuracy(model, encoding, task)
+                print(f"  {task:<14} {score['accuracy']:>6.1%} ({score['chance']:.0%})")
+            except ValueError as error:         # a short context
+                print(f"  {error}")
     file = os.path.join(args.out, "ckpt.pt")
     middle = (model.config.n_layer - args.block) // 2
     print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"

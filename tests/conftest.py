@@ -1,0 +1,48 @@
+"""Runs the scripts from the repository's root, on small models, with one thread so that sums come in one order."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+torch.set_num_threads(1)
+
+from model import GPT, GPTConfig  # noqa: E402
+
+SIZE = dict(vocab_size=61, n_layer=6, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40, context=24)
+
+
+def tiny_model(seed=0, **changes):
+    """A model whose init is large enough that every layer and every visit changes what is generated."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SIZE, **changes}))
+    for name, p in model.named_parameters():
+        p.data.normal_(std=0.3) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def some_tokens(batch=3, time=20, seed=1, vocab_size=61):
+    return torch.randint(vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def script(*command, cwd=ROOT, env=None, **more):
+    """Runs `python SCRIPT ...` -> completed process with returncode, stdout, stderr."""
+    command = [sys.executable, os.path.join(ROOT, command[0]), *map(str, command[1:])]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **more)
+
+
+TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 48, "--batch", 4, "--steps", 30,
+            "--evals", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of one tiny run of train.py: grows 2 -> 4 -> 6, cools down with math; ckpt.pt, stable.pt, log.jsonl."""
+    out = tmp_path_factory.mktemp("trained") / "lidas"
+    result = script("train.py", *TINY_RUN, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
