@@ -294,8 +294,10 @@ def save_checkpoint(file, checkpoint):
 
 def load_checkpoint(file, device="cpu"):
     """-> model, checkpoint. Raises ValueError, with the reason, for what is not a checkpoint of this project."""
+    with open(file, "rb") as f:
+        data = io.BytesIO(f.read())     # read first, so that what fails below is the content and not the disk
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)    # weights_only: runs no code in it
+        checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # weights_only: runs no code in it
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,

@@ -1,0 +1,320 @@
+"""The main job: pure functions of the step, resuming to the bit, files, bad input, two processes."""
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, script, tiny_model
+
+import evaluate
+import train
+from model import load_checkpoint, load_encoding, run_script
+
+
+def run_main(monkeypatch, *arguments):
+    """train.py in this process -> its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        run_script(train.main)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def weights(folder, name="ckpt.pt"):
+    return load_checkpoint(os.path.join(folder, name))[1]
+
+
+def same_weights(one, other):
+    return one["model"].keys() == other["model"].keys() and all(
+        torch.equal(w, other["model"][name]) for name, w in one["model"].items())
+
+# -----------------------------------------------------------------------------
+# the schedule and the batches
+
+
+def arguments(**changes):
+    return Namespace(**{**dict(method="lidas", layers=8, block=2, loop=None, alpha=1.0, steps=100, cooldown=0.2, lr=1.0,
+                               warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
+
+
+def test_learning_rate_is_a_trapezoid():
+    rates = [train.learning_rate(arguments(), step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[4] == 0.5 and set(rates[9:81]) == {1.0}
+    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and train.learning_rate(arguments(), 100) == 0
+
+
+def test_growth_fills_the_constant_phase_and_the_cooldown_runs_at_full_depth():
+    assert train.stages(arguments()) == [(0, 2), (8, 4), (24, 6), (48, 8), (80, 8)]
+    assert train.stages(arguments(method="baseline")) == [(0, 8), (80, 8)]
+    assert train.stages(arguments(loop="3-2x3-3"))[-2:] == [(48, 8), (80, 12)]
+
+
+def test_flops_of_a_run_add_up_stage_by_stage():
+    args, config = arguments(), tiny_model().config
+    flops = [train.flops_until(args, config, step) for step in range(101)]
+    per_step = np.diff(flops)
+    assert flops[0] == 0 and len(set(per_step[:8])) == 1 and len(set(per_step[48:])) == 1
+    for before, step in ((8, 8), (24, 24), (48, 48)):
+        assert per_step[step] > per_step[before - 1]
+    assert per_step[99] == train.flops_until(arguments(method="baseline"), config, 1)
+
+
+STREAMS = {"general": np.arange(50 * 5).reshape(50, 5), "math": 1000 + np.arange(30 * 5).reshape(30, 5)}
+
+
+def test_a_batch_is_a_function_of_seed_step_and_rank():
+    args = arguments()
+    one, again = train.batch_of(STREAMS, args, 3), train.batch_of(STREAMS, args, 3)
+    assert torch.equal(one[0], again[0]) and torch.equal(one[0][:, 1:], one[1][:, :-1])
+    assert not torch.equal(one[0], train.batch_of(STREAMS, args, 4)[0])
+    assert not torch.equal(one[0], train.batch_of(STREAMS, arguments(seed=1), 3)[0])
+    halves = [train.batch_of(STREAMS, args, 3, rank, 2)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), one[0]) and not torch.equal(*halves)
+
+
+def test_an_epoch_shows_every_row_once():
+    """A loader that draws with replacement, or whose epochs overlap, sees some rows never."""
+    args = arguments(batch=10, steps=1000)
+    seen = torch.cat([train.batch_of(STREAMS, args, step)[0][:, 0] for step in range(10)])
+    assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(0, 250, 5))
+    assert seen[:50].tolist() != seen[50:].tolist()
+
+
+def test_math_comes_in_the_cooldown_only():
+    shares = [(train.batch_of(STREAMS, arguments(), step)[0] >= 1000).any(1).float().mean() for step in range(100)]
+    assert max(shares[:80]) == 0 and 0.3 < sum(shares[80:]) / 20 < 0.7
+    none = [train.batch_of(STREAMS, arguments(math_share=0.0), step)[0].max() for step in range(80, 100)]
+    assert max(none) < 1000
+
+# -----------------------------------------------------------------------------
+# runs
+
+
+def test_a_run_grows_and_says_what_it_did(trained):
+    rows = [json.loads(line) for line in open(trained / "log.jsonl")]
+    growths, lines = [r for r in rows if "growth" in r], [r for r in rows if "growth" not in r]
+    assert [r["growth"] for r in growths] == [[0, 1, 0, 1], [0, 1, 2, 1, 2, 3]]
+    assert all(np.isfinite([r["loss before"], r["loss after"]]).all() for r in growths)
+    assert [r["step"] for r in lines] == [0, 10, 20, 24, 30] and lines[-1]["depth"] == 6 and lines[0]["depth"] == 2
+    assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
+    assert 0.7 < lines[-1]["flops_share"] < 0.95
+    checkpoint = weights(trained)
+    assert checkpoint["growth"] == [{"step": r["step"], "path": r["growth"]} for r in growths]
+    assert checkpoint["step"] == 30 and weights(trained, "stable.pt")["step"] == 24
+    assert not any(name.startswith(("module.", "_orig_mod.")) or "_orig_mod" in name for name in checkpoint["model"])
+
+
+@pytest.mark.parametrize("crash", [5, 11, 27])
+def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
+    """A crash before a growth, just before another one, and inside the cooldown."""
+    out, batch_of = tmp_path / "run", train.batch_of
+
+    def crashing(streams, args, step, *ranks):
+        if step == crash:
+            raise RuntimeError("the power failed")
+        return batch_of(streams, args, step, *ranks)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batch_of", crashing)
+        with pytest.raises(RuntimeError):
+            run_main(patch, *TINY_RUN, "--out", out)
+    assert weights(out)["step"] == {5: 0, 11: 10, 27: 24}[crash]
+    assert run_main(monkeypatch, "--out", out, "--resume") == 0
+    assert same_weights(weights(out), weights(trained))
+    timeless = [[{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+                 for line in open(folder / "log.jsonl")] for folder in (out, trained)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
+    command = [sys.executable, "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    while "step     10/30" not in (line := process.stdout.readline()):
+        assert line, "the run ended before its tenth step"
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate()[0]
+    assert process.returncode == 143 and "--resume" in rest
+    assert 10 <= weights(tmp_path / "run")["step"] < 30
+    assert script("train.py", "--out", tmp_path / "run", "--resume").returncode == 0
+    assert same_weights(weights(tmp_path / "run"), weights(trained))
+
+
+def test_two_processes_equal_one(trained, tmp_path):
+    """DDP that is not rebuilt after growth trains the new layers on each rank apart, or not at all."""
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "train.py", *TINY_RUN]
+    result = subprocess.run([sys.executable, *map(str, command), "--out", str(tmp_path / "run")], cwd=ROOT, text=True,
+                            capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    one, two = weights(trained), weights(tmp_path / "run")
+    for name, w in one["model"].items():
+        torch.testing.assert_close(two["model"][name], w, atol=2e-4, rtol=1e-3)
+
+
+def test_another_cooldown_from_the_end_of_the_constant_phase(trained, tmp_path, monkeypatch):
+    same, looped = tmp_path / "same", tmp_path / "looped"
+    assert run_main(monkeypatch, "--init", trained / "stable.pt", "--out", same) == 0
+    assert same_weights(weights(same), weights(trained))
+    assert run_main(monkeypatch, "--init", trained / "stable.pt", "--loop", "2-2x2-2", "--out", looped) == 0
+    assert weights(looped)["config"]["path"] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert run_main(monkeypatch, "--out", looped, "--resume") == 0      # nothing left to do
+
+
+@pytest.mark.parametrize("method", ["baseline", "midas", "stack", "looped"])
+def test_every_method_runs(method, tmp_path, monkeypatch):
+    assert run_main(monkeypatch, *TINY_RUN, "--method", method, "--steps", 10, "--out", tmp_path / method) == 0
+    model, checkpoint = load_checkpoint(tmp_path / method / "ckpt.pt")
+    assert len(model.config.full_path) == 6 and checkpoint["step"] == 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    result = script("train.py", *TINY_RUN, "--lr", 1e30, "--out", tmp_path / "run")
+    assert result.returncode == 1 and "not finite" in result.stderr and "Traceback" not in result.stderr
+    assert torch.isfinite(weights(tmp_path / "run")["model"]["embed.weight"]).all()
+
+
+def test_growth_and_paths_do_not_recompile():
+    """Compiling the whole model, or anything that knows its layer's number, compiles anew at every growth."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model, compiled = tiny_model(n_layer=2).train(), []
+    tokens = torch.randint(61, (2, 24))
+    for _ in range(3):
+        for layer in model.layers:
+            layer.compile(dynamic=False, backend="aot_eager")
+        for path in (None, list(range(model.config.n_layer)) + [0, 1], [0, 0]):
+            model(tokens, tokens, path)[1].backward()
+            compiled.append(counters["stats"]["unique_graphs"])
+        model = train.grow(model, train.METHODS["lidas"](model.config.n_layer, 2))
+    assert compiled[0] >= 1 and len(set(compiled)) == 1, compiled
+
+# -----------------------------------------------------------------------------
+# files
+
+
+LINES = [f"Mia lives in Dover and keeps {n} cats." for n in range(400)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same documents in every format."""
+    folder = tmp_path_factory.mktemp("files")
+    jsonl = "".join(json.dumps({"text": line}) + "\n" for line in LINES)
+    (folder / "a.jsonl").write_text(jsonl)
+    with gzip.open(folder / "a.jsonl.gz", "wt") as f:
+        f.write(jsonl)
+    encoding = load_encoding(evaluate.world_words())
+    tokens = np.concatenate([[encoding.eot_token] + encoding.encode_ordinary(line) for line in LINES])
+    tokens.astype(np.uint16).tofile(folder / "raw.bin")
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    with open(folder / "header.bin", "wb") as f:
+        f.write(header.tobytes() + tokens.astype(np.uint16).tobytes())
+    (folder / "a.txt").write_text("\n".join(LINES))
+    (folder / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 500)
+    return folder, encoding, tokens
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "raw.bin", "header.bin"])
+def test_every_format_gives_the_same_tokens(files, name):
+    folder, encoding, tokens = files
+    written = bytearray()
+    train.encode([str(folder / name)], encoding, written.extend)
+    assert np.array_equal(np.frombuffer(bytes(written), dtype=np.uint16), tokens)
+
+
+def test_plain_text_is_one_document_and_questions_are_asked(files):
+    folder, encoding, _ = files
+    assert list(train.texts_of(str(folder / "a.txt"))) == ["\n".join(LINES)]
+    assert next(train.texts_of(str(folder / "qa.jsonl"))) == "Question: 1+1?\nAnswer: #### 2"
+
+
+def test_held_out_rows_of_files_are_the_last_ones_and_not_trained_on(files, tmp_path):
+    folder, encoding, tokens = files
+    args = Namespace(out=str(tmp_path / "run"), context=48, encoding="world")
+    rows, heldout = train.file_stream(args, encoding, [str(folder / "a.jsonl")])
+    whole = np.concatenate((rows, heldout)).reshape(-1)
+    assert np.array_equal(whole, tokens[:len(whole)]) and len(tokens) - len(whole) < 49
+    assert len(heldout) == -(-(len(rows) + len(heldout)) // 20)
+
+
+def test_training_on_files(files, tmp_path, monkeypatch):
+    folder, encoding, _ = files
+    command = [*TINY_RUN, "--encoding", "world", "--data", folder / "a.jsonl", folder / "raw.bin", "--math",
+               folder / "qa.jsonl", "--out", tmp_path / "run"]
+    assert run_main(monkeypatch, *command) == 0
+    checkpoint = weights(tmp_path / "run")
+    assert set(checkpoint["heldout"]) == {"general", "math"}
+    losses = [row["loss math"] for row in checkpoint["log"] if "loss math" in row]
+    assert losses[-1] < losses[0]
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+def bad_file(folder, name, content=b""):
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+BAD = {
+    "missing file": (lambda d: ["--data", d / "none.txt"], "no file"),
+    "empty file": (lambda d: ["--data", bad_file(d, "empty.txt"), "--encoding", "world"], "too short"),
+    "unknown method": (lambda d: ["--method", "midway"], "invalid choice"),
+    "block that does not divide": (lambda d: ["--block", 4], "blocks of 4"),
+    "context too long": (lambda d: ["--data", bad_file(d, "s.txt", b"few words"), "--encoding", "world"], "--context"),
+    "token beyond the vocabulary": (lambda d: ["--data", bad_file(d, "t.bin", b"\xff\xff" * 999), "--encoding", "world"],
+                                    "65535"),
+    "odd byte count": (lambda d: ["--data", bad_file(d, "o.bin", b"123"), "--encoding", "world"], "3 bytes"),
+    "cut token file": (lambda d: ["--data", bad_file(d, "c.bin", np.array(
+        [20240520, 1, 9] + [0] * 253, dtype=np.int32).tobytes()), "--encoding", "world"], "cut short"),
+    "broken line": (lambda d: ["--data", bad_file(d, "b.jsonl", b'{"text": "a"}\n{"text"'), "--encoding", "world"],
+                    "line 2"),
+    "line without text": (lambda d: ["--data", bad_file(d, "n.jsonl", b'{"body": "a"}\n'), "--encoding", "world"],
+                          "line 1"),
+    "not UTF-8": (lambda d: ["--data", bad_file(d, "u.txt", b"\xff\xfe\x00a"), "--encoding", "world"], "UTF-8"),
+    "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]), "--encoding",
+                            "world"], "gzip"),
+    "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"], "no encoding"),
+    "math without data": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "--data"),
+    "no loop": (lambda d: ["--method", "looped", "--loop", "2x"], "e-LxK-d"),
+    "loop against layers": (lambda d: ["--method", "looped", "--loop", "2x2"], "contradicts"),
+    "loop with growth": (lambda d: ["--loop", "2-2x2-2"], "--method looped"),
+    "too few steps": (lambda d: ["--steps", 2], "too few"),
+    "no number": (lambda d: ["--lr", "fast"], "invalid float"),
+    "lr of nan": (lambda d: ["--lr", "nan"], "--lr"),
+    "heads": (lambda d: ["--heads", 5], "n_head"),
+    "foreign checkpoint": (lambda d: ["--init", bad_file(d, "ckpt.pt", b"hello")], "not a whole checkpoint"),
+    "nothing to resume": (lambda d: ["--resume"], "nothing to resume"),
+    "unwritable out": (lambda d: ["--out", bad_file(d, "file", b"") / "run"], "file"),
+}
+
+
+@pytest.mark.parametrize("make, message", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(make, message, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out" / "run"
+    assert run_main(monkeypatch, *TINY_RUN, "--out", out, *make(tmp_path)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0], errors
+    assert not out.exists()
+
+
+def test_resuming_with_other_settings_and_running_twice_are_refused(trained, monkeypatch, capsys, tmp_path):
+    assert run_main(monkeypatch, "--out", trained, "--resume", "--batch", 8) == 2
+    assert "--batch" in capsys.readouterr().err
+    assert run_main(monkeypatch, *TINY_RUN, "--out", trained) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--init", trained / "ckpt.pt", "--out", tmp_path / "x") == 2
+    assert "stable.pt" in capsys.readouterr().err
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((trained / "ckpt.pt").read_bytes()[:5000])
+    assert run_main(monkeypatch, "--init", cut, "--out", tmp_path / "y") == 2
+    assert "not a whole checkpoint" in capsys.readouterr().err and not (tmp_path / "y").exists()
