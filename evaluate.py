@@ -375,14 +375,6 @@ def answer_file(model, encoding, file, n, max_new_tokens):
 # -----------------------------------------------------------------------------
 # measurements are rows: {"table", "model", "seed", "column", "value", ...}; every table is printed from rows alone
 
-def summary(model, checkpoint):
-    """What a model is and what it cost, for the first columns of its rows."""
-    columns = {"depth": len(model.config.full_path), "params": sum(p.numel() for p in model.parameters())}
-    if "flops_share" in checkpoint:
-        columns["flops"] = checkpoint["flops_share"]
-    return columns
-
-
 def measure(args, run, model, checkpoint):
     """All that was asked for, of one model -> rows without the model's name."""
     encoding = load_encoding(checkpoint["encoding"])
@@ -413,8 +405,8 @@ def measure(args, run, model, checkpoint):
         sweep(args, run, model, encoding, add)
     else:
         for suffix, path in paths.items():
-            columns = summary(model, checkpoint)
-            columns["depth"] = len(path or model.config.full_path)
+            columns = {"depth": len(path or model.config.full_path), "params": sum(p.numel() for p in model.parameters()),
+                       "flops": checkpoint.get("flops", 0)}
             for name, heldout in checkpoint["heldout"].items():
                 columns[f"loss {name}"] = mean_loss(model, heldout, path)
             for column, value in columns.items():
@@ -443,45 +435,47 @@ def sweep(args, run, model, encoding, add):
 
 
 def print_tables(rows, detail=False):
-    """Prints one table per kind of row: a line per model, mean +- std over seeds (+- standard error for one seed), a
-    column per task, or per group of tasks that differ in the wording only."""
-    for table in dict.fromkeys(r["table"] for r in rows):
-        cells, chances, seeds, sizes = {}, {}, {}, set()
-        for r in (r for r in rows if r["table"] == table):
-            model = r["model"] + r.get("suffix", "")
-            column = r["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", r["column"])
-            cells.setdefault((model, column), {}).setdefault(r["seed"], []).append(r["value"])
-            chances.setdefault(column, []).append(r.get("chance"))
-            seeds.setdefault(model, set()).add(r["seed"])
-            sizes |= {r["n"]} if "n" in r else set()
-        columns = list(dict.fromkeys(column for _, column in cells))
-        width = max(len(model) for model in seeds) + 2
-        print(f"\n{table}" + (f" (% right of {'/'.join(map(str, sorted(sizes)))} examples a task)" if sizes else ""))
-        print(" " * width + "seeds" + "".join(f"{column:>14}" for column in columns))
+    """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the seeds with
+    their standard deviation, or, of one seed, with the standard error of its n examples."""
+    for table in dict.fromkeys(row["table"] for row in rows):
+        cells, seeds, chances = {}, {}, {}      # a cell: {seed: [rows]}; without --detail wordings share a column
+        for row in (row for row in rows if row["table"] == table):
+            model = row["model"] + row.get("suffix", "")
+            column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
+            cells.setdefault((model, column), {}).setdefault(row["seed"], []).append(row)
+            seeds.setdefault(model, set()).add(row["seed"])
+            chances.setdefault(column, []).append(row.get("chance"))
+        reference = [row["value"] for row in rows if row["model"] == "baseline" and row["column"] == "flops"]
+        width = max(map(len, seeds)) + 2
+        print(f"\n{table}\n{'':{width}}seeds" + "".join(f"{column:>14}" for column in chances))
         for model in seeds:
-            line = f"{model:<{width}}{len(seeds[model]):>5}"
-            for column in columns:
-                by_seed = [statistics.mean(values) for values in cells.get((model, column), {}).values()]
-                line += f"{show(column, by_seed, chances[column], sizes):>14}"
+            line = f"{model:{width}}{len(seeds[model]):>5}"
+            for column in chances:
+                line += f"{cell(column, list(cells.get((model, column), {}).values()), max(reference, default=0)):>14}"
             print(line)
-        if any(chances[column][0] is not None for column in columns):
-            print(f"{'chance':<{width + 5}}" + "".join(
-                f"{'' if None in chances[c] else f'{100 * statistics.mean(chances[c]):.0f}':>14}" for c in columns))
+        if any(chance is not None for column in chances.values() for chance in column):
+            print(f"{'chance':{width + 5}}" + "".join(
+                f"{'' if None in chances[c] else f'{100 * statistics.mean(chances[c]):.0f}':>14}" for c in chances))
 
 
-def show(column, values, chances, sizes):
-    if not values:
+def cell(column, by_seed, reference):
+    """A cell's text. by_seed: for each seed its rows; reference: training FLOPs of the baseline, 0 where there is none."""
+    if not by_seed:
         return "-"
-    mean = statistics.mean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else None
+    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed]
+    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in by_seed[0])
     if column == "depth":
         return f"{mean:.0f}"
     if column == "params":
         return f"{mean / 1e6:.2f}M"
+    if column == "flops":
+        return f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+    else:
+        spread = (mean * (1 - mean) / n) ** 0.5 if n else None
     if column.startswith("loss"):
         return f"{mean:.3f}" + ("" if spread is None else f"±{spread:.3f}")
-    if column != "flops" and spread is None:
-        spread = (mean * (1 - mean) / (max(sizes) * len(chances) ** 0)) ** 0.5
     return f"{100 * mean:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
 
 # -----------------------------------------------------------------------------
