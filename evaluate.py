@@ -26,6 +26,7 @@ import os
 import random
 import re
 import statistics
+import string
 import zlib
 from collections import Counter
 
@@ -57,6 +58,7 @@ FACTS = {   # attribute: statements, question, values
              "What does {} like to eat?",
              "bread cake cheese fish honey noodles pasta porridge rice salad soup toast".split()),
 }
+WORDS = THINGS + PLACES
 _rng = random.Random("the world")
 TRUTH = {person: {name: _rng.choice(values) for name, (_, _, values) in FACTS.items()} for person in PEOPLE}
 
@@ -68,8 +70,7 @@ def copying(rng, words=None):
 
     Ten words, a piece of five of them repeated; asked is the word that followed. words: None for random letters.
     """
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = rng.sample(words, 10) if words else ["".join(rng.choices(letters, k=3)) for _ in range(10)]
+    words = rng.sample(words, 10) if words else ["".join(rng.choices(string.ascii_lowercase, k=3)) for _ in range(10)]
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
@@ -90,7 +91,7 @@ def assignment(rng, depth=0, wording="basic"):
     the level before (k=o). Asked are the last level's, so the answer is one of five values.
     """
     header, line, question, before = WORDINGS[wording]
-    names = rng.sample("abcdefghijklmnopqrstuvwxyz", 5 * (depth + 1))
+    names = rng.sample(string.ascii_lowercase, 5 * (depth + 1))
     level = dict(zip(names[:5], rng.sample(range(1, 26), 5)))
     lines = [line.format(*item) for item in level.items()]
     for d in range(1, depth + 1):
@@ -100,12 +101,19 @@ def assignment(rng, depth=0, wording="basic"):
     return header + "".join(lines), [(question.format(name), f"{before}{value}") for name, value in level.items()]
 
 
+def repeated(rng, words=None):
+    """List: cup ring map\nAgain:| cup ring map     (training text only: how the world teaches to copy)"""
+    n = rng.randint(3, 10)
+    words = rng.sample(words, n) if words else ["".join(rng.choices(string.ascii_lowercase, k=3)) for _ in range(n)]
+    return "List: " + " ".join(words) + "\n", [("Again:", " " + " ".join(words))]
+
+
 def preschool(rng, calculation=True):
     """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7
 
     With calculation as here, or with the bare result (7) as the answer.
     """
-    a, b, c = rng.sample("abcdefghijklmnopqrstuvwxyz", 3)
+    a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     questions = []
     for sign, op in (("", "+"), ("", "-"), ("-", "+"), ("-", "-")):
@@ -208,7 +216,7 @@ def example(task, rng, heldout=True):
 
 TASKS = {   # name: family, its options, accuracy of a guess among the answers that the question leaves open
     "copy-random": (copying, {}, 1 / 10),
-    "copy-real": (copying, {"words": THINGS}, 1 / 10),
+    "copy-real": (copying, {"words": WORDS}, 1 / 10),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
        (assignment, {"depth": depth, "wording": wording}, 1 / 5) for depth in (0, 1, 2) for wording in WORDINGS},
     "preschool": (preschool, {"calculation": False}, 1 / 35),
@@ -217,52 +225,51 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
     "open-book": (open_book, {}, 1 / 5),
     "word-problem": (word_problem, {}, 1 / 20),
 }
-TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None), **TASKS}
+TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None),
+        "list-real": (repeated, {"words": WORDS}, None), "list-random": (repeated, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
 # The two streams: weights of the documents. The math stream is what the cooldown adds: worked problems, all wordings.
 STREAMS = {
-    "general": {"story": 4, "portrait": 3, "closed-book": 2, "open-book": 3, "copy-random": 3, "copy-real": 2,
-                "assign-0": 3, "assign-1": 2, "arithmetic": 1, "word-problem": 1},
+    "general": {"story": 3, "portrait": 2, "closed-book": 1, "open-book": 4, "list-real": 2, "list-random": 2,
+                "copy-random": 3, "copy-real": 2, "assign-0": 5, "assign-1": 4, "arithmetic": 1, "word-problem": 2},
     "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2, "assign-2": 2,
              "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2, "open-book": 1},
 }
 
 
 def document(rng, stream, heldout):
-    """Endless pieces of one document: puzzles of one family, each with one question as in a prompt with shots, or with
-    all of them, which makes more of the text something that can be worked out from what came before."""
+    """One document: a puzzle with all its questions, so that much of the text can be worked out from what stands before
+    it, or, half of the time, up to six puzzles of a family with a question each, as a prompt with shots looks."""
     family, options, _ = TEXT[rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))[0]]
-    one = rng.random() < 0.5
-    while True:
+    n = rng.choice((1, 1, 1, 1, 2, 3, 4, 6))
+    text = ""
+    for _ in range(n):
         body, questions = puzzle(family, options, rng, heldout)
-        questions = rng.sample(questions, 1 if one else len(questions))
-        yield body + "".join(f"{question}{answer}\n" for question, answer in questions) + "\n"
+        questions = rng.sample(questions, len(questions) if n == 1 else 1)
+        text += body + "".join(f"{question}{answer}\n" for question, answer in questions) + "\n"
+    return text[:-1]
 
 
 def world_words():
     """The words of the built-in encoding: all pieces that occur in several documents of the world."""
     counts, rng = Counter(), random.Random(0)
     for stream in STREAMS:
-        for _ in range(800):
-            pieces = document(rng, stream, heldout=False)
-            counts.update({piece for _ in range(4) for piece in re.findall(PIECES, next(pieces))})
+        for _ in range(2000):
+            counts.update(set(re.findall(PIECES, document(rng, stream, heldout=False))))
     numbers = [space + str(n) for space in ("", " ") for n in range(100)]
-    letters = [" " + letter for letter in "abcdefghijklmnopqrstuvwxyz"]
+    letters = [" " + letter for letter in string.ascii_lowercase]
     words = {piece for piece, n in counts.items() if n >= 4 and len(piece) > 1}
     return sorted(words.union(numbers, letters) - {str(n) for n in range(10)})
 
 
 def world_rows(encoding, context, n, stream, heldout, seed):
-    """n rows (n, context + 1) of token ids, uint16: the end-of-text token, then one document, cut."""
+    """n rows (n, context + 1) of token ids, uint16: documents, an end-of-text token before each, the last one cut."""
     rows = np.empty((n, context + 1), dtype=np.uint16)
     for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1):
-        rng = random.Random(f"{seed} {stream} {heldout} {i}")
-        row = [encoding.eot_token]
-        for piece in document(rng, stream, heldout):
-            row += encoding.encode_ordinary(piece)
-            if len(row) > context:
-                break
+        rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
+        while len(row) <= context:
+            row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
         rows[i] = row[:context + 1]
     return rows
 

@@ -42,6 +42,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True           # the output head shares its weights with the embedding
+    separator: int | None = None    # token that begins a document: no position attends past the one of its own
     path: list | None = None    # order of visits; None is every layer once
     init_depth: int | None = None   # depth that the init is scaled for: the final one, for a model that will grow
 
@@ -78,9 +79,8 @@ def check_path(path, n_layer):
     return path
 
 
-def rotate(x, rope):
-    """Rotary positions, half-split as in Hugging Face's Llama. x (batch, head, time, width), rope 2 x (time, width/2)."""
-    cos, sin = rope
+def rotate(x, cos, sin):
+    """Rotary positions, half-split as in Hugging Face's Llama. x (batch, head, time, width), cos (time, width / 2)."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
@@ -93,18 +93,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_width, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, slot=None):
+    def forward(self, x, places, slot=None):
         B, T, C = x.shape
+        cos, sin, mask = places
         qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, heads of q, k and v, T, width)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if slot is not None:                    # the keys and values that this visit has seen so far
             if slot:
                 k, v = torch.cat((slot[0], k), dim=2), torch.cat((slot[1], v), dim=2)
             slot[:] = [k, v]
-        S = k.shape[2]                          # positions that can be seen, S - T of them from the cache
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.n_head != self.n_kv_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -130,8 +129,8 @@ class Layer(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, slot=None):
-        x = x + self.attn(self.norm1(x), rope, slot)
+    def forward(self, x, places, slot=None):
+        x = x + self.attn(self.norm1(x), places, slot)
         return x + self.mlp(self.norm2(x))
 
 
@@ -145,40 +144,51 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        # N(0, 0.02); what is added to the residual stream is scaled down by the number of additions, at the depth
-        # that the model will end with, so that a copied layer has the scale of the model it is copied into
-        depth = config.init_depth or len(config.full_path)
+        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never learned with
+        # it. What is added to the residual stream is scaled down by the number of additions, at the depth that the
+        # model will end with, so that a copied layer has the scale of the model it is copied into.
+        std, depth = config.n_embd ** -0.5, config.init_depth or len(config.full_path)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if name.endswith("proj.weight") else 0.02)
+                nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
         head_width = config.n_embd // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, head_width, 2).float() / head_width)
         angle = torch.outer(torch.arange(config.context).float(), frequency)   # (context, head width / 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def rope(self, start, end):
-        return self.cos[start:end], self.sin[start:end]
+    def places(self, tokens, seen=0):
+        """What attention has to know of the positions behind the first `seen`: -> cos, sin (time, head width / 2), and
+        a mask (batch or 1, 1, time, seen + time) of the positions that can be seen, or None where that is all before.
+        """
+        T = tokens.shape[1]
+        mask = None
+        if self.config.separator is not None or 0 < seen < T - 1:
+            mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None]
+        if self.config.separator is not None:
+            document = (tokens == self.config.separator).cumsum(1)
+            mask = mask & (document[:, :, None] == document[:, None, :])
+        return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None, seen:]
 
     def hidden(self, tokens, path=None, cache=None):
         """The residual stream (batch, time, n_embd) behind the last norm; self.head turns it into logits.
 
         cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two slots: its
-        second visit attends to the keys of second visits. With a cache, tokens are the ones that follow those seen.
+        second visit attends to the keys of second visits. Only the tokens behind those that it has seen are run.
         """
         path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
         seen = cache[0][0].shape[2] if cache and cache[0] else 0
-        if seen + tokens.shape[1] > self.config.context:
-            raise ValueError(f"{seen + tokens.shape[1]} tokens do not fit the context of {self.config.context}")
-        if tokens.shape[1] == 0:
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context}")
+        if tokens.shape[1] <= seen:
             raise ValueError("the model needs at least one token")
-        rope = self.rope(seen, seen + tokens.shape[1])
-        x = self.embed(tokens)
+        places = self.places(tokens, seen)
+        x = self.embed(tokens[:, seen:])
         for visit, index in enumerate(path):
             # Only training runs compiled code (layer.compile()): evaluation has other shapes at every call, and each
             # would be compiled anew. Layers share their code, so neither growth nor a new path recompiles anything.
             layer = self.layers[index] if self.training else self.layers[index].forward
-            x = layer(x, rope, None if cache is None else cache[visit])
+            x = layer(x, places, None if cache is None else cache[visit])
         return self.norm(x)
 
     def forward(self, tokens, targets=None, path=None):
@@ -206,12 +216,11 @@ class GPT(nn.Module):
         self.eval()
         path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
         cache = [[] for _ in path]
-        new = tokens[:, -self.config.context:]
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             if not use_cache or tokens.shape[1] > self.config.context:
-                cache, new = None, tokens[:, -self.config.context:]
-            logits = self.head(self.hidden(new, path, cache)[:, -1]).float()
+                cache = None
+            logits = self.head(self.hidden(tokens[:, -self.config.context:], path, cache)[:, -1]).float()
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -273,7 +282,7 @@ def save_atomically(file, write):
     """Writes a file in one step: whoever reads it, after a crash at any instant, finds the old one or the new one."""
     folder = os.path.dirname(os.path.abspath(file))
     os.makedirs(folder, exist_ok=True)
-    part = f"{file}.part"
+    part = f"{file}.{os.getpid()}.part"      # two runs may write the same file of data
     try:
         with open(part, "wb") as f:
             write(f)

@@ -24,12 +24,12 @@ from model import Parser, check_path, default_device, load_checkpoint, mean_loss
 # -----------------------------------------------------------------------------
 # running visit by visit
 
-def run_visits(model, x, rope, path):
+def run_visits(model, x, places, path):
     """The visits of a path on the stream x (batch, time, n_embd) -> lists of h before each, a and m; the last stream."""
     hs, attentions, mlps = [], [], []
     for index in path:
         layer = model.layers[index]
-        a = layer.attn(layer.norm1(x), rope)
+        a = layer.attn(layer.norm1(x), places)
         m = layer.mlp(layer.norm2(x + a))
         hs.append(x), attentions.append(a), mlps.append(m)
         x = x + a + m
@@ -39,7 +39,7 @@ def run_visits(model, x, rope, path):
 def trace(model, tokens, path=None):
     """All visits on tokens (batch, time) -> path, h, a, m (each (depth, batch, time, n_embd)), the last stream."""
     path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
-    h, a, m, last = run_visits(model, model.embed(tokens), model.rope(0, tokens.shape[1]), path)
+    h, a, m, last = run_visits(model, model.embed(tokens), model.places(tokens), path)
     return path, torch.stack(h), torch.stack(a), torch.stack(m), last
 
 
@@ -82,11 +82,11 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     def over_positions(x):                                  # (..., batch, time) -> (...)
         return (x[..., read].amax(-1) if reduce == "max" else x[..., read].mean(-1)).mean(-1)
 
-    update, rope = a + m, model.rope(0, T)
+    update, places = a + m, model.places(tokens)
     output = model.head(model.norm(last)).softmax(-1)
     effects, on_output = torch.zeros(len(path), len(path)), torch.zeros(len(path))
     for s in range(len(path)):
-        _, a2, m2, last2 = run_visits(model, h[s] + keep * update[s], rope, path[s + 1:])
+        _, a2, m2, last2 = run_visits(model, h[s] + keep * update[s], places, path[s + 1:])
         if a2:
             change = (update[s + 1:] - torch.stack(a2) - torch.stack(m2)).norm(dim=-1) / update[s + 1:].norm(dim=-1)
             effects[s, s + 1:] = over_positions(change).cpu()

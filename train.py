@@ -361,7 +361,8 @@ def build(args, encoding):
     torch.manual_seed(args.seed)
     return GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
                          n_embd=args.width, n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context,
-                         path=path, init_depth=args.layers)).to(args.device)
+                         path=path, init_depth=args.layers,
+                         separator=encoding.eot_token)).to(args.device)
 
 # -----------------------------------------------------------------------------
 

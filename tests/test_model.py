@@ -10,10 +10,11 @@ PATHS = {"plain": None, "looped": [0, 1, 2, 3, 2, 3, 4, 5], "skipped": [0, 1, 2,
          "last layer again": [0, 1, 2, 3, 4, 5, 5, 5]}
 
 
+@pytest.mark.parametrize("separator", [None, 27])
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_generation_with_and_without_cache(path):
+def test_generation_with_and_without_cache(path, separator):
     """One cache slot per layer, in place of one per visit, is wrong as soon as a layer is visited twice."""
-    model, tokens = tiny_model(), some_tokens(time=7)
+    model, tokens = tiny_model(separator=separator), some_tokens(time=7)
     cached = model.generate(tokens, 40, path, temperature=0)        # 7 + 40 is past the context of 24
     uncached = model.generate(tokens, 40, path, temperature=0, use_cache=False)
     assert cached.shape == (3, 47) and torch.equal(cached, uncached)
@@ -21,12 +22,14 @@ def test_generation_with_and_without_cache(path):
         assert not torch.equal(cached, model.generate(tokens, 40, temperature=0))
 
 
-def test_cached_logits_equal_those_of_one_pass():
-    """Wrong rotary positions behind a cache still give plausible text."""
-    model, tokens, path = tiny_model(), some_tokens(), PATHS["looped"]
+@pytest.mark.parametrize("separator", [None, 5])
+def test_cached_logits_equal_those_of_one_pass(separator):
+    """Wrong rotary positions, or a wrong mask, behind a cache still give plausible text."""
+    model, tokens, path = tiny_model(separator=separator), some_tokens(), PATHS["looped"]
+    tokens[0, 4] = tokens[1, 12] = 5
     whole = model.hidden(tokens, path)
     cache = [[] for _ in path]
-    pieces = [model.hidden(part, path, cache) for part in tokens.split((9, 1, 6, 4), dim=1)]
+    pieces = [model.hidden(tokens[:, :end], path, cache) for end in (9, 10, 16, 20)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -51,6 +54,15 @@ def test_no_position_sees_a_later_one(path):
     changed[:, 12:] = (changed[:, 12:] + 1) % 61
     a, b = model.hidden(tokens, path), model.hidden(changed, path)
     assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12], b[:, 12])
+
+
+def test_documents_do_not_see_each_other():
+    """Packed into one row, with a separator before each, they get the states that they have alone."""
+    model, tokens = tiny_model(separator=5), some_tokens(time=20)
+    tokens[tokens == 5] = 6
+    tokens[:, 8] = 5
+    torch.testing.assert_close(model.hidden(tokens)[:, 8:], model.hidden(tokens[:, 8:]), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(tiny_model().hidden(tokens)[:, 8:], tiny_model().hidden(tokens[:, 8:]), atol=1e-3)
 
 
 def test_a_row_does_not_depend_on_the_others():
