@@ -1,14 +1,14 @@
 """
-Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice; the
-grown model has weights of its own for every visit, and computes at that moment exactly what the small one computes
-along the path.
+Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block
+twice; the grown model has weights of its own for every visit, and computes at that moment exactly what the
+small one computes along the path.
 
     gradual stacking   the last block once more, on top                            0 1 2 3 4 5 | 4 5
     MIDAS              the middle block of layers once more (arXiv 2409.19044)     0 1 2 3 | 2 3 | 4 5
     LIDAS              the layer-wise middle once more (arXiv 2512.08819)          0 1 2 3 | 2 3 | 4 5
 
-With an odd number of blocks MIDAS and LIDAS agree; with an even one LIDAS takes the last half of the block before the
-middle and the first half of the one behind it: of 8 layers in blocks of 4, MIDAS copies 0-3, LIDAS 2-5.
+With an odd number of blocks MIDAS and LIDAS agree; with an even one LIDAS takes the last half of the block
+before the middle and the first of the one behind: of 8 layers in blocks of 4, MIDAS copies 0-3, LIDAS 2-5.
 
     python grow.py out/lidas/ckpt.pt --method lidas --block 2 --out deeper.pt       # seconds
 """
@@ -33,22 +33,22 @@ def check_blocks(n_layer, block):
 
 
 def stack(n_layer, block):
-    """Gradual stacking: the last `block` layers are copied on top. Raises ValueError unless block divides n_layer."""
+    """Gradual stacking: the last block once more, on top. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
     return visit_again(n_layer, n_layer - block, block)
 
 
 def midas(n_layer, block):
-    """MIDAS (arXiv 2409.19044): of n = n_layer / block blocks, block ceil(n/2), counted from 1, is copied behind
-    itself. Raises ValueError unless block divides n_layer."""
+    """MIDAS (arXiv 2409.19044): of n = n_layer / block blocks, block ceil(n/2), counted from 1, is copied
+    behind itself. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
     middle = (n_layer // block + 1) // 2            # ceil(n/2), counted from 1
     return visit_again(n_layer, (middle - 1) * block, block)
 
 
 def lidas(n_layer, block):
-    """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied behind themselves. For an odd block and
-    an even number of blocks that is no whole number: rounded down. Raises ValueError unless block divides n_layer."""
+    """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied behind themselves (rounded
+    down, for an odd block and an even number of blocks). Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
     return visit_again(n_layer, (n_layer - block) // 2, block)
 
@@ -61,8 +61,8 @@ METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 def grow(model, path):
     """An independent model with one layer per visit of the path: layer v of it is a copy of layer path[v].
 
-    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a path
-    that is empty or visits a layer that does not exist.
+    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a
+    path that is empty or visits a layer that does not exist.
     """
     config = dataclasses.replace(model.config, path=list(path))         # checks the path
     config = dataclasses.replace(config, n_layer=len(config.path), path=None)
@@ -76,7 +76,7 @@ def grow(model, path):
 
 
 def parameters_along(model, path):
-    """(parameter of the model grown along the path, named) -> the parameter of the model that it was copied from."""
+    """(parameter of the model grown along the path, named) -> the parameter that it was copied from."""
     sources = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
     for visit, index in enumerate(path):
         for name, p in model.layers[index].named_parameters():
@@ -85,11 +85,11 @@ def parameters_along(model, path):
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
-    """Gives the grown model's optimizer the moments and step counts of the small model's, along the same path.
+    """Gives the grown model's optimizer the moments and step counts of the small model's, along the path.
 
-    new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups. The papers do not say what
-    happens to the moments; they are copied here like the weights, so that the first step after growth is already
-    scaled as the steps before it. Raises ValueError when new_optimizer does not hold exactly the grown parameters.
+    new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups. The papers do not
+    say what happens to the moments; they are copied here like the weights, so that the first step after
+    growth is scaled as those before it. Raises ValueError unless it holds exactly the grown parameters.
     """
     check_optimizer(new_optimizer, grown)
     targets = dict(grown.named_parameters())
@@ -100,8 +100,8 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
 
 
 def check_optimizer(optimizer, model):
-    """Raises ValueError unless the optimizer's parameters are the model's: layers that are never trained are the
-    classic bug of growing."""
+    """Raises ValueError unless the optimizer's parameters are the model's: layers that are never trained are
+    the classic bug of growing."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if sorted(held) != sorted(id(p) for p in model.parameters()):
         raise ValueError("the optimizer does not hold exactly the model's parameters")
@@ -110,7 +110,7 @@ def check_optimizer(optimizer, model):
 # the schedule, and what it costs
 
 def growth_steps(total, stages, alpha=1.0):
-    """PROP-alpha (arXiv 2409.19044): how many of `total` steps each stage gets, T_i = total * i^alpha / sum_j j^alpha.
+    """PROP-alpha (arXiv 2409.19044): the steps that each stage gets, T_i = total * i^alpha / sum_j j^alpha.
 
     -> list of `stages` ints that sum to `total`. Raises ValueError when a stage would get no step.
     """
@@ -120,16 +120,17 @@ def growth_steps(total, stages, alpha=1.0):
     ends = [round(total * sum(weight[:i]) / sum(weight)) for i in range(stages + 1)]
     steps = [end - start for start, end in zip(ends, ends[1:])]
     if min(steps) < 1:
-        raise ValueError(f"{total} steps are too few for {stages} stages of growth with alpha {alpha}: {steps}")
+        raise ValueError(f"{total} steps are too few for {stages} stages of growth with alpha {alpha}: "
+                         f"{steps}")
     return steps
 
 
 def training_flops(config, n_tokens, path=None):
     """Floating point operations to train on n_tokens: a backward pass counts as two forward passes.
 
-    Counted by *visit*, so a looped layer costs as much as two layers. Per token and forward pass: 2 per weight of a
-    matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for causal
-    attention's two products.
+    Counted by *visit*, so a looped layer costs as much as two layers. Per token and forward pass: 2 per
+    weight of a matrix product (layers and output head, not the embedding's look-up), and
+    4 * n_embd * context / 2 for causal attention's two products.
     """
     visits = len(config.full_path if path is None else path)
     head_width = config.n_embd // config.n_head
@@ -151,13 +152,15 @@ def main():
 
     model, checkpoint = load_checkpoint(args.checkpoint)
     if model.config.path is not None:
-        raise ValueError(f"{args.checkpoint} is a looped model: its path is its depth. loop.py --unroll unties it")
+        raise ValueError(f"{args.checkpoint} is a looped model: its path is its depth. "
+                         f"loop.py --unroll unties it")
     path = METHODS[args.method](model.config.n_layer, args.block)
     grown = grow(model, path)
-    print(f"{args.method}: {model.config.n_layer} -> {grown.config.n_layer} layers, path {' '.join(map(str, path))}")
+    print(f"{args.method}: {model.config.n_layer} -> {grown.config.n_layer} layers, "
+          f"path {' '.join(map(str, path))}")
     for name, rows in checkpoint["heldout"].items():
-        print(f"held-out {name} loss: {mean_loss(model, rows):.4f} before, {mean_loss(grown, rows):.4f} after, "
-              f"{mean_loss(model, rows, path):.4f} of the small model along the path")
+        print(f"held-out {name} loss: {mean_loss(model, rows):.4f} before, {mean_loss(grown, rows):.4f} "
+              f"after, {mean_loss(model, rows, path):.4f} of the small model along the path")
     growth = checkpoint.get("growth", []) + [{"step": checkpoint.get("step", 0), "path": path}]
     save_checkpoint(args.out, checkpoint_of(grown, growth=growth, step=checkpoint.get("step", 0),
                                             **{k: checkpoint[k] for k in ("encoding", "heldout")}))

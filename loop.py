@@ -1,28 +1,29 @@
 """
-Looping: visiting a block of layers again, with the same weights. It needs nothing but a path, so any checkpoint can be
-looped at inference, trained to loop or not (claim 2 of the paper), and a model that is trained to loop is a model whose
-config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, then L layers visited K times, then d layers).
+Looping: visiting a block of layers again, with the same weights. It needs only a path, so any checkpoint can
+be looped at inference, trained to loop or not (claim 2 of the paper), and a model trained to loop is one
+whose config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, L visited K times, d layers).
 
     python loop.py out/lidas/ckpt.pt --prompt "k=4" --start 3 --block 2 --repeats 0 1 2 4    # seconds
-    python loop.py out/lidas/ckpt.pt --sweep --block 2                          # held-out loss, start x repeats: a minute
-    python loop.py out/looped/ckpt.pt --unroll untied.pt                        # the looped model, every visit untied
+    python loop.py out/lidas/ckpt.pt --sweep --block 2          # held-out loss, start x repeats: a minute
+    python loop.py out/looped/ckpt.pt --unroll untied.pt        # the looped model, every visit untied
 """
 import re
 
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss, run_script,
-                   save_checkpoint)
+from model import (Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss,
+                   run_script, save_checkpoint)
 
 
 def loop_path(n_layer, start, block, repeats):
-    """The path that visits layers start ... start + block - 1 `repeats` extra times; repeats 0 is the plain model.
+    """The path that visits layers start ... start + block - 1 `repeats` extra times; 0 is the plain model.
 
     loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
     """
     if block < 1 or start < 0 or start + block > n_layer:
-        raise ValueError(f"no block of {block} layers at layer {start}: the model has layers 0 to {n_layer - 1}")
+        raise ValueError(f"no block of {block} layers at layer {start}: "
+                         f"the model has layers 0 to {n_layer - 1}")
     if repeats < 0:
         raise ValueError(f"repeats are the extra visits of the block, 0 or more, not {repeats}")
     layers = list(range(n_layer))
@@ -32,7 +33,8 @@ def loop_path(n_layer, start, block, repeats):
 def parse_loop(text):
     """Loop(e-LxK-d), or Loop(LxK), of arXiv 2502.17416 -> (stored layers, path).
 
-    "2-2x3-2" -> (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]); "4x6" -> (4, [0, 1, 2, 3] * 6). Raises ValueError for other text.
+    "2-2x3-2" -> (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]); "4x6" -> (4, [0, 1, 2, 3] * 6).
+    Raises ValueError for other text.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)x(\d+)(?:-(\d+))?", text)
     if not match:
@@ -45,7 +47,7 @@ def parse_loop(text):
 
 
 def unroll(model, path=None):
-    """The model along a path (its own unless given) as a plain one, each visit untied. That is growing it: same code."""
+    """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
     return grow(model, model.config.full_path if path is None else path)
 
 # -----------------------------------------------------------------------------
@@ -57,11 +59,13 @@ def show(model, checkpoint, args):
     tokens = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(args.prompt)], device=device)
     for repeats in args.repeats:
         path = loop_path(model.config.n_layer, args.start, args.block, repeats)
-        losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}" for name, rows in checkpoint["heldout"].items())
+        losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}"
+                           for name, rows in checkpoint["heldout"].items())
         torch.manual_seed(args.seed)
         new = model.generate(tokens, args.tokens, path, args.temperature, stop=encoding.eot_token)
         text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
-        print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\nheld-out loss: {losses}")
+        print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\n"
+              f"held-out loss: {losses}")
         print(f"{args.prompt}|{text}")
 
 
@@ -79,17 +83,20 @@ def sweep(model, checkpoint, args):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="any checkpoint of train.py or grow.py")
-    parser.add_argument("--prompt", default="", help="text to continue (default: nothing, a document's beginning)")
+    parser.add_argument("--prompt", default="",
+                        help="text to continue (default: nothing, a document's beginning)")
     parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
-    parser.add_argument("--block", type=int, default=2, help="layers in the block (default: 2, as train.py's)")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2, 4], help="extra visits (default: 0 1 2 4)")
+    parser.add_argument("--block", type=int, default=2, help="layers per block (default: 2, as train.py's)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2, 4],
+                        help="extra visits (default: 0 1 2 4)")
     parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
-    parser.add_argument("--unroll", metavar="FILE", help="save the model along its own path, every visit untied")
+    parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied")
     # sampling
     parser.add_argument("--tokens", type=int, default=48, help="length of the continuation (default: 48)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, so that runs compare (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, same for every repeat count (default: 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="0 is greedy, so that runs compare (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one)")
     args = parser.parse_args()
     if args.temperature < 0 or args.tokens < 1:
         parser.error("--temperature must be 0 or more, --tokens 1 or more")
@@ -97,7 +104,8 @@ def main():
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     if args.unroll:
         untied = unroll(model)
-        save_checkpoint(args.unroll, checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
+        save_checkpoint(args.unroll,
+                        checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
         print(f"saved {args.unroll}: {untied.config.n_layer} layers from {model.config.n_layer}")
         return
     if args.start is None:

@@ -10,7 +10,8 @@ The architecture is Llama's, as in SmolLM, the backbone of the paper's experimen
 positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropout.
 
     from model import GPT, GPTConfig
-    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, n_hidden=176, context=256))
+    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, n_hidden=176,
+                          context=256))
     logits, loss = model(tokens, targets)                            # the plain model
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
 """
@@ -42,9 +43,9 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True           # the output head shares its weights with the embedding
-    separator: int | None = None    # token that begins a document: no position attends past the one of its own
+    separator: int | None = None    # token that begins a document: no position attends past that of its own
     path: list | None = None    # order of visits; None is every layer once
-    init_depth: int | None = None   # depth that the init is scaled for: the final one, for a model that will grow
+    init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "context"):
@@ -80,7 +81,7 @@ def check_path(path, n_layer):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, half-split as in Hugging Face's Llama. x (batch, head, time, width), cos (time, width / 2)."""
+    """Rotary positions, half-split as in HF's Llama. x (batch, head, time, width), cos (time, width / 2)."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
@@ -96,7 +97,7 @@ class Attention(nn.Module):
     def forward(self, x, places, slot=None):
         B, T, C = x.shape
         cos, sin, mask = places
-        qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, heads of q, k and v, T, width)
+        qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, heads of q + k + v, T, width)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if slot is not None:                    # the keys and values that this visit has seen so far
@@ -120,7 +121,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer. It does not know where in the model it stands, so it can be visited, copied or left out."""
+    """One transformer layer. It does not know where it stands, so it can be visited, copied or left out."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,9 +145,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never learned with
-        # it. What is added to the residual stream is scaled down by the number of additions, at the depth that the
-        # model will end with, so that a copied layer has the scale of the model it is copied into.
+        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never
+        # learned with it. What is added to the residual stream is scaled down by the number of additions, at
+        # the model's final depth, so that a copied layer has the scale of the model it is copied into.
         std, depth = config.n_embd ** -0.5, config.init_depth or len(config.full_path)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -158,8 +159,10 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def places(self, tokens, seen=0):
-        """What attention has to know of the positions behind the first `seen`: -> cos, sin (time, head width / 2), and
-        a mask (batch or 1, 1, time, seen + time) of the positions that can be seen, or None where that is all before.
+        """What attention has to know of the positions behind the first `seen`.
+
+        -> cos, sin (time, head width / 2), and a mask (batch or 1, 1, time, seen + time) of the positions
+        that can be seen, or None where that is all before.
         """
         T = tokens.shape[1]
         mask = None
@@ -173,8 +176,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, path=None, cache=None):
         """The residual stream (batch, time, n_embd) behind the last norm; self.head turns it into logits.
 
-        cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two slots: its
-        second visit attends to the keys of second visits. Only the tokens behind those that it has seen are run.
+        cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two:
+        its second visit attends to the keys of second visits. Only tokens behind those it has seen are run.
         """
         path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
         seen = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -185,8 +188,8 @@ class GPT(nn.Module):
         places = self.places(tokens, seen)
         x = self.embed(tokens[:, seen:])
         for visit, index in enumerate(path):
-            # Only training runs compiled code (layer.compile()): evaluation has other shapes at every call, and each
-            # would be compiled anew. Layers share their code, so neither growth nor a new path recompiles anything.
+            # Only training runs compiled code (layer.compile()): evaluation has other shapes at every call,
+            # each compiled anew. Layers share their code, so neither growth nor a new path recompiles any.
             layer = self.layers[index] if self.training else self.layers[index].forward
             x = layer(x, places, None if cache is None else cache[visit])
         return self.norm(x)
@@ -194,10 +197,10 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, path=None):
         """tokens (batch, time) int64 -> logits, loss.
 
-        With targets (batch, time; -1 is ignored): logits (batch, time, vocab_size) and their mean cross-entropy in
-        nats. Without: logits of the last position only, (batch, 1, vocab_size), and None.
-        path: layer indices in the order of the visits, in place of the configured one. Raises ValueError for an
-        empty path, an index that does not exist, or more tokens than the context.
+        With targets (batch, time; -1 is ignored): logits (batch, time, vocab_size) and their mean
+        cross-entropy in nats. Without: logits of the last position only, (batch, 1, vocab_size), and None.
+        path: layer indices in the order of the visits, in place of the configured one. Raises ValueError for
+        an empty path, an index that does not exist, or more tokens than the context.
         """
         x = self.hidden(tokens, path)
         if targets is None:
@@ -206,11 +209,12 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None, use_cache=True):
+    def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None,
+                 use_cache=True):
         """Continues tokens (batch, time) by up to max_new_tokens and returns all of them.
 
-        temperature 0 is greedy. stop: a token after which a row is only repeated, ending the call once every row has
-        it. Past the context, each step runs the last `context` tokens anew, since every position has moved.
+        temperature 0 is greedy. stop: a token after which a row is only repeated, ending the call once every
+        row has it. Past the context, each step runs the last `context` tokens anew: every position has moved.
         """
         was_training = self.training
         self.eval()
@@ -254,7 +258,7 @@ def mean_loss(model, rows, path=None, batch=16):
 # -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
 
-# words and numbers below 100 with the space before them, the marks of the question formats, single other characters
+# words and numbers below 100 with the space before them, the question formats' marks, single other characters
 PIECES = r"""->|___|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
 
 
@@ -265,21 +269,22 @@ def load_encoding(spec):
     """
     if not isinstance(spec, str):
         tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
-        return tiktoken.Encoding("words", pat_str=PIECES, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                                 special_tokens={"<|endoftext|>": len(tokens)})
+        return tiktoken.Encoding("words", pat_str=PIECES, special_tokens={"<|endoftext|>": len(tokens)},
+                                 mergeable_ranks={t: i for i, t in enumerate(tokens)})
     if spec not in tiktoken.list_encoding_names():
         raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(spec)
     except Exception as error:      # whatever the network stack raises: the cause is in the message
-        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. Offline, set "
-                         f"TIKTOKEN_CACHE_DIR to a folder that holds it ({type(error).__name__}: {error})"[:400])
+        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
+                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it "
+                         f"({type(error).__name__}: {error})"[:400])
 
 # -----------------------------------------------------------------------------
 # checkpoints: a dict with config, model, encoding (as above), heldout rows, and what train.py needs to go on
 
 def save_atomically(file, write):
-    """Writes a file in one step: whoever reads it, after a crash at any instant, finds the old one or the new one."""
+    """Writes a file in one step: after a crash at any instant, a reader finds the old one or the new one."""
     folder = os.path.dirname(os.path.abspath(file))
     os.makedirs(folder, exist_ok=True)
     part = f"{file}.{os.getpid()}.part"      # two runs may write the same file of data
@@ -302,16 +307,17 @@ def save_checkpoint(file, checkpoint):
 
 
 def load_checkpoint(file, device="cpu"):
-    """-> model, checkpoint. Raises ValueError, with the reason, for what is not a checkpoint of this project."""
+    """-> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
     with open(file, "rb") as f:
         data = io.BytesIO(f.read())     # read first, so that what fails below is the content and not the disk
     try:
-        checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # weights_only: runs no code in it
+        checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # runs no code in it
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,
             pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is not a whole checkpoint of this project: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} is not a whole checkpoint of this project: {reason}")
     return model.to(device), checkpoint
 
 
@@ -338,7 +344,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Bad input ends in one line and exit code 2. Everything that is not the user's input keeps its traceback."""
+    """Bad input ends in one line and exit code 2. All that is not the user's input keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

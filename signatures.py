@@ -1,14 +1,14 @@
 """
-Depth signatures: what each *visit* of a path does, for any checkpoint along any path (arXiv 2505.13898, 2512.08819).
-Claim 1 of the paper is that looped and grown models share them: later layers matter more than in a baseline, and the
-curves repeat with the block that was grown or looped.
+Depth signatures: what each *visit* of a path does, for any checkpoint along any path (arXiv 2505.13898,
+2512.08819). Claim 1 of the paper is that looped and grown models share them: later layers matter more than in
+a baseline, and the curves repeat with the block that was grown or looped.
 
-    python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt out/looped/ckpt.pt      # curves, numbers: a minute
-    python signatures.py out/*/ckpt.pt --out signatures.json --plot signatures.png      # runs of several seeds
-    python signatures.py out/lidas/ckpt.pt --loop 3,2,1                                 # along a looped path
+    python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt out/looped/ckpt.pt    # curves, numbers: 1 min
+    python signatures.py out/*/ckpt.pt --out signatures.json --plot signatures.png    # runs of several seeds
+    python signatures.py out/lidas/ckpt.pt --loop 3,2,1                               # along a looped path
 
-h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
-Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
+h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its
+update. Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
 """
 import json
 import statistics
@@ -25,7 +25,7 @@ from model import Parser, check_path, default_device, load_checkpoint, mean_loss
 # running visit by visit
 
 def run_visits(model, x, places, path):
-    """The visits of a path on the stream x (batch, time, n_embd) -> lists of h before each, a and m; the last stream."""
+    """The visits of a path on x (batch, time, n_embd) -> lists of h before each, a and m; the last stream."""
     hs, attentions, mlps = [], [], []
     for index in path:
         layer = model.layers[index]
@@ -37,7 +37,7 @@ def run_visits(model, x, places, path):
 
 
 def trace(model, tokens, path=None):
-    """All visits on tokens (batch, time) -> path, h, a, m (each (depth, batch, time, n_embd)), the last stream."""
+    """All visits on tokens (batch, time) -> path; h, a, m (depth, batch, time, n_embd); the last stream."""
     path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
     h, a, m, last = run_visits(model, model.embed(tokens), model.places(tokens), path)
     return path, torch.stack(h), torch.stack(a), torch.stack(m), last
@@ -47,26 +47,27 @@ def trace(model, tokens, path=None):
 def contributions(model, tokens, path=None):
     """Sublayer contributions (arXiv 2505.13898): how much each visit adds, and in which direction.
 
-    -> dict of curves (depth,), means over tokens: attention |a|/|h|, mlp |m|/|h + a|, update |D|/|h|, and the cosines
-    cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h).
+    -> dict of curves (depth,), means over tokens: attention |a|/|h|, mlp |m|/|h + a|, update |D|/|h|, and the
+    cosines cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h).
     """
     _, h, a, m, _ = trace(model, tokens, path)
     pairs = {"attention": (a, h), "mlp": (m, h + a), "update": (a + m, h)}
     sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)) for name, (x, y) in pairs.items()}
-    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2)) for name, (x, y) in pairs.items()}
+    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2))
+                    for name, (x, y) in pairs.items()}
 
 
 @torch.no_grad()
 def skip_effects(model, tokens, path=None, future=None, reduce="max"):
-    """What leaving out one visit changes behind it (arXiv 2505.13898, which takes the maximum over positions).
+    """What leaving out one visit changes behind it (arXiv 2505.13898, which takes the max over positions).
 
-    Visit s is left out at every position but the first token's, and effect(s, l) = |D_l - D'_l| / |D_l| of each later
-    visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read only at those >= t,
-    where the change can have come through attention alone. reduce: "max" or "mean" over the positions that are read;
+    Visit s is left out at every position but the first, and effect(s, l) = |D_l - D'_l| / |D_l| of each later
+    visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read only at
+    those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
     then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the output (depth,).
 
-    Cost: nothing in front of a visit changes, so the run without visit s starts behind it: depth * (depth + 1) / 2
-    layer passes in all, where running the model anew for each would take depth + depth * (depth - 1).
+    Cost: nothing in front of a visit changes, so the run without visit s starts behind it: in all
+    depth * (depth + 1) / 2 layer passes; running the model anew for each takes depth + depth * (depth - 1).
     """
     path, h, a, m, last = trace(model, tokens, path)
     T = tokens.shape[1]
@@ -88,14 +89,14 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     for s in range(len(path)):
         _, a2, m2, last2 = run_visits(model, h[s] + keep * update[s], places, path[s + 1:])
         if a2:
-            change = (update[s + 1:] - torch.stack(a2) - torch.stack(m2)).norm(dim=-1) / update[s + 1:].norm(dim=-1)
-            effects[s, s + 1:] = over_positions(change).cpu()
+            change = (update[s + 1:] - torch.stack(a2) - torch.stack(m2)).norm(dim=-1)
+            effects[s, s + 1:] = over_positions(change / update[s + 1:].norm(dim=-1)).cpu()
         on_output[s] = over_positions((output - model.head(model.norm(last2)).softmax(-1)).norm(dim=-1)).cpu()
     return effects, on_output
 
 
 def later_mean(effects):
-    """Mean effect of each visit on those behind it, (depth, depth) -> (depth - 1,): the last one has none behind it."""
+    """Mean effect of each visit on those behind it, (depth, depth) -> (depth - 1,): the last one has none."""
     return torch.stack([effects[s, s + 1:].mean() for s in range(len(effects) - 1)])
 
 
@@ -107,7 +108,7 @@ def depth_score(curve):
 
 
 def late_half_share(curve):
-    """What the later half of the visits have of the curve's sum; of an odd number, the one in the middle counts half."""
+    """What the later half of visits has of the curve's sum; of an odd number, the middle one counts half."""
     n = len(curve)
     late = curve[(n + 1) // 2:].sum() + (curve[n // 2] / 2 if n % 2 else 0)
     return (late / curve.sum()).item()
@@ -144,7 +145,7 @@ def reordered(path, size):
 
 
 def reorder_effects(model, rows, size, path=None):
-    """Change of the loss (nats per token) on rows (n, time + 1) along each path of reordered(): dict of (places,)."""
+    """Change of the loss (nats) on rows (n, time + 1) along each path of reordered(): dict of (places,)."""
     path = model.config.full_path if path is None else path
     plain = mean_loss(model, rows, path)
     return {name: torch.tensor([mean_loss(model, rows, p) - plain for p in paths])
@@ -156,7 +157,8 @@ def weight_similarity(model, path=None):
     names = [name for name, p in model.layers[0].named_parameters() if p.dim() == 2]
     similarity = 0
     for name in names:
-        w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
+        w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float()
+                                     for layer in model.layers]))
         similarity = similarity + w @ w.T / len(names)
     path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
     return similarity[path][:, path].cpu()
@@ -169,16 +171,16 @@ def detrended(curve):
 
 
 def periodicity(curve):
-    """Autocorrelation of the detrended curve at lags 1 ... half its length; a pattern aligned with blocks of B visits
-    peaks at lag B. Each lag is a mean over its own number of pairs, so that long lags are not damped. A choice of
-    this project, so that "recurring patterns" is a number."""
+    """Autocorrelation of the detrended curve at lags 1 ... half its length; a pattern aligned with blocks of
+    B visits peaks at lag B. Each lag is a mean over its own number of pairs, so that long lags are not
+    damped. A choice of this project, so that "recurring patterns" is a number."""
     x = detrended(curve.float())
     variance = (x * x).mean()
     return torch.stack([(x[:-lag] * x[lag:]).mean() / variance for lag in range(1, len(x) // 2 + 1)])
 
 
 def convergence(curve, other):
-    """Correlation of two models' curves; the shorter is stretched to the longer's length. 1 for a model with itself."""
+    """Correlation of two models' curves, the shorter stretched to the longer: 1 for a model with itself."""
     n = max(len(curve), len(other))
     curve, other = (F.interpolate(c.float()[None, None], size=n, mode="linear", align_corners=True)[0, 0]
                     for c in (curve, other))
@@ -187,19 +189,19 @@ def convergence(curve, other):
 # -----------------------------------------------------------------------------
 # all of them for one model, and what is printed
 
-COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip_later"]    # in the convergence
+COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip_later"]  # in the convergence
 
 
 def all_signatures(model, rows, block, path=None, reduce="max"):
-    """Every signature on rows (n, time + 1) of held-out text -> dict of curves and matrices, all indexed by visit."""
+    """Every signature on rows (n, time + 1) of held-out text -> dict of curves and matrices, by visit."""
     tokens = rows[:, :-1].long().to(model.embed.weight.device)
     result = contributions(model, tokens, path)
     effects, on_output = skip_effects(model, tokens, path, reduce=reduce)
     future, future_output = skip_effects(model, tokens, path, future=tokens.shape[1] // 2, reduce=reduce)
     kl, overlap = early_exit(model, tokens, path)
     result |= {"skip_effects": effects, "skip_output": on_output, "skip_later": later_mean(effects),
-               "future_output": future_output, "future_later": later_mean(future), "exit_kl": kl, "exit_top5": overlap,
-               "weights": weight_similarity(model, path)}
+               "future_output": future_output, "future_later": later_mean(future), "exit_kl": kl,
+               "exit_top5": overlap, "weights": weight_similarity(model, path)}
     for size in {1, block}:
         for name, change in reorder_effects(model, rows, size, path).items():
             result[f"{name}_{'layer' if size == 1 else 'block'}"] = change
@@ -246,7 +248,8 @@ def print_numbers(models, block):
         table(f"periodicity of {curve}: autocorrelation by lag (* the block)",
               [f"lag {lag}{' *' if lag == block else ''}" for lag in lags],
               lambda c, column: periodicity(c[curve])[int(column.split()[1]) - 1].item())
-    table("change of the loss, mean over places", [name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))],
+    table("change of the loss, mean over places",
+          [name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))],
           lambda c, column: c[column].mean().item())
 
     print("\nconvergence: correlation of two models' curves, mean over " + ", ".join(COMPARED) +
@@ -282,8 +285,8 @@ def plot(file, models):
             group = torch.stack([model["curves"][curve] for model in models if model["name"] == name])
             axis.plot(group.mean(0), color=f"C{i}", marker=".", label=name)
             if len(group) > 1:
-                axis.fill_between(range(group.shape[1]), group.mean(0) - group.std(0), group.mean(0) + group.std(0),
-                                  color=f"C{i}", alpha=0.15, linewidth=0)
+                axis.fill_between(range(group.shape[1]), group.mean(0) - group.std(0),
+                                  group.mean(0) + group.std(0), color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(title=curve, xlabel="visit")
     axes[0, 0].legend(fontsize="small")
     for axis, name in zip(axes[1], names):
@@ -298,16 +301,17 @@ def plot(file, models):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="checkpoints of train.py or grow.py")
-    parser.add_argument("--rows", type=int, default=16, help="held-out rows to run (default: 16, enough for two digits)")
-    parser.add_argument("--stream", default="general", help="of which held-out text (default: general; or math)")
-    parser.add_argument("--block", type=int, default=2, help="size of reordered blocks (default: 2, as train.py's)")
-    parser.add_argument("--loop", metavar="START,BLOCK,REPEATS", help="run every model along this looped path")
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16, for two digits)")
+    parser.add_argument("--stream", default="general", help="which held-out text (default: general; or math)")
+    parser.add_argument("--block", type=int, default=2,
+                        help="size of reordered blocks (default: 2, as train.py's)")
+    parser.add_argument("--loop", metavar="START,BLOCK,REPEATS", help="run all models along this looped path")
     parser.add_argument("--reduce", choices=["max", "mean"], default="max",
                         help="skip effects over positions (default: max, as arXiv 2505.13898)")
     parser.add_argument("--quiet", action="store_true", help="only the numbers, no curves")
-    parser.add_argument("--out", default="signatures.json", help="file for all curves (default: signatures.json)")
+    parser.add_argument("--out", default="signatures.json", help="file for curves (default: signatures.json)")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one)")
     args = parser.parse_args()
     if args.rows < 1 or args.block < 1:
         parser.error("--rows and --block must be at least 1")
@@ -316,7 +320,8 @@ def main():
     for file in args.checkpoints:
         model, checkpoint = load_checkpoint(file, args.device)
         if args.stream not in checkpoint["heldout"]:
-            raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout'])}, not of {args.stream}")
+            raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout'])}, "
+                             f"not of {args.stream}")
         path = model.config.full_path
         if args.loop:
             try:
@@ -326,14 +331,16 @@ def main():
         if len(path) < 4:
             raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth")
         name, seed = label(file, checkpoint)
-        curves = all_signatures(model, checkpoint["heldout"][args.stream][:args.rows], args.block, path, args.reduce)
+        curves = all_signatures(model, checkpoint["heldout"][args.stream][:args.rows], args.block, path,
+                                args.reduce)
         models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})
         if not args.quiet:
             print(f"\n{file}: depth {len(path)}, {args.rows} rows of {args.stream} text")
             bars(path, curves, ["attention", "mlp", "skip_output", "skip_later"])
             bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
     print_numbers(models, args.block)
-    rows = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}} for model in models]
+    rows = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}}
+            for model in models]
     save_atomically(args.out, lambda f: f.write(json.dumps(rows).encode()))
     if args.plot:
         plot(args.plot, models)

@@ -1,4 +1,4 @@
-"""Runs the scripts from the repository's root, on small models, with one thread so that sums come in one order."""
+"""Runs the scripts from the root, on small models, with one thread so that sums come in one order."""
 import os
 import subprocess
 import sys
@@ -35,13 +35,13 @@ def script(*command, cwd=ROOT, env=None, **more):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **more)
 
 
-TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 48, "--batch", 4, "--steps", 30,
-            "--evals", 3, "--device", "cpu"]
+TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 48, "--batch", 4,
+            "--steps", 30, "--evals", 3, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of one tiny run of train.py: grows 2 -> 4 -> 6, cools down with math; ckpt.pt, stable.pt, log.jsonl."""
+    """The folder of one tiny run: grows 2 -> 4 -> 6, cools down with math; ckpt.pt, stable.pt, log.jsonl."""
     out = tmp_path_factory.mktemp("trained") / "lidas"
     result = script("train.py", *TINY_RUN, "--out", out)
     assert result.returncode == 0, result.stderr

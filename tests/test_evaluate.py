@@ -1,4 +1,4 @@
-"""The tasks against published examples and solvers, the scoring against real generation, and what must stay apart."""
+"""Tasks against published examples and solvers, scoring against real generation, and what must stay apart."""
 import json
 import random
 import re
@@ -48,10 +48,11 @@ def test_assignment_as_published():
 def test_wordings_as_published():
     body, questions = E.assignment(Scripted(list("nsumq"), [14, 4, 8, 10, 12]), wording="math")
     assert body.startswith("The following is a set of simple mathematical equations.\n\nn = 14\n")
-    assert (body + questions[0][0]).endswith("What is the numerical value of n?\nAnswer:") and questions[0][1] == " 14"
+    assert (body + questions[0][0]).endswith("What is the numerical value of n?\nAnswer:")
+    assert questions[0][1] == " 14"
     body, _ = E.assignment(Scripted(list("nsumq"), [14, 4, 8, 10, 12]), wording="code")
-    assert body.startswith("The following is a very short Python program. Use the program to resolve the value of the "
-                           "variable in the question.\n\nProgram:\n")
+    assert body.startswith("The following is a very short Python program. Use the program to resolve the "
+                           "value of the variable in the question.\n\nProgram:\n")
 
 
 def test_preschool_as_published():
@@ -108,7 +109,7 @@ def test_closed_book_facts_never_change():
 
 @pytest.mark.parametrize("task", E.TASKS)
 def test_answers_are_tokens_of_their_own(task, encoding):
-    """Where prompt and answer were encoded together, a token could straddle the border: never learned as it is asked."""
+    """Encoded together, prompt and answer could share a token at the border: never learned as it is asked."""
     rng = random.Random(0)
     for _ in range(20):
         prompt, answer = E.example(task, rng)
@@ -135,7 +136,7 @@ def test_training_text_never_contains_a_held_out_instance(stream):
             prompt, answer = E.example(task, rng)
             assert f"\n{prompt}" not in text
             found += f"\n{E.example(task, rng, heldout=False)[0]}" in text
-    assert found or stream == "math"        # the same search does find what may be there, such as facts asked for
+    assert found or stream == "math"        # the same search finds what may be there, such as facts asked for
 
 
 def test_shots_are_not_the_question_and_never_held_out():
@@ -143,7 +144,7 @@ def test_shots_are_not_the_question_and_never_held_out():
     for task in ("assign-0", "closed-book", "preschool"):
         for _ in range(50):
             prompt, _ = E.prompt_with_shots(task, rng, 3)
-            *shots, question = prompt.split("\n\n") if task == "closed-book" else re.split(r"\n\n(?=Fill)", prompt)
+            *shots, question = re.split("\n\n" if task == "closed-book" else r"\n\n(?=Fill)", prompt)
             assert len(shots) == 3 and all(question not in shot for shot in shots)
 
 
@@ -156,8 +157,8 @@ def test_as_many_shots_as_fit(encoding):
 
 @pytest.mark.parametrize("path", [None, [0, 1, 2, 3, 2, 3, 4, 5]])
 def test_scoring_equals_greedy_generation(path):
-    """Teacher forcing with all tokens the arg-max is the same as generating the whole answer: half of the answers here
-    are what the model generates, half of those are changed in the last token."""
+    """Teacher forcing with all tokens the arg-max is the same as generating the whole answer: half of the
+    answers here are what the model generates, half of those are changed in the last token."""
     model = tiny_model()
     prompts = [some_tokens(1, 3 + i % 5, seed=i)[0].tolist() for i in range(24)]
     examples = []
@@ -185,7 +186,8 @@ def test_fine_tuning_learns_its_examples_and_leaves_the_model_alone(encoding):
 
 def test_final_answers():
     assert E.final_answer("She has 1,072 left.\n#### 1,072\nmore") == "1072"
-    assert E.final_answer("so 3 + 4 = 7.") == "7" and E.final_answer(" yes ") == "yes" and E.final_answer("-2.5") == "-2.5"
+    assert E.final_answer("so 3 + 4 = 7.") == "7" and E.final_answer(" yes ") == "yes"
+    assert E.final_answer("-2.5") == "-2.5"
 
 
 ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "value": value, **more}
@@ -208,7 +210,8 @@ def test_tables_are_printed_from_rows(tmp_path):
 
 def test_the_command(trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    result = script("evaluate.py", trained / "ckpt.pt", "-n", 8, "--tasks", "closed-book", "--loop", "2,2,1", "--rows", rows)
+    result = script("evaluate.py", trained / "ckpt.pt", "-n", 8, "--tasks", "closed-book", "--loop", "2,2,1",
+                    "--rows", rows)
     assert result.returncode == 0, result.stderr
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
     depth = {row["suffix"]: row["value"] for row in measured if row["column"] == "depth"}
@@ -234,4 +237,5 @@ def test_questions_from_a_file(trained, tmp_path):
 def test_bad_input_ends_in_one_line(command, trained):
     checkpoint = [] if command in ([], ["none.pt"]) or "--table" in command else [trained / "ckpt.pt"]
     result = script("evaluate.py", *checkpoint, *command)
-    assert result.returncode == 2 and result.stderr.strip().count("\n") == 0 and "error" in result.stderr, result.stderr
+    assert result.returncode == 2 and "error" in result.stderr, result.stderr
+    assert result.stderr.strip().count("\n") == 0, result.stderr

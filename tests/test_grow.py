@@ -1,9 +1,10 @@
-"""Growing is looping, untied: bit for bit at the moment of growth, with the optimizer's moments along the same path."""
+"""Growing is looping, untied: bit for bit at the moment of growth, the optimizer's moments along the path."""
 import pytest
 import torch
 from conftest import script, some_tokens, tiny_model
 
-from grow import METHODS, check_optimizer, grow, grow_optimizer, growth_steps, lidas, midas, stack, training_flops
+from grow import (METHODS, check_optimizer, grow, grow_optimizer, growth_steps, lidas, midas, stack,
+                  training_flops)
 from model import GPTConfig, load_checkpoint
 
 
@@ -30,7 +31,8 @@ def test_grown_equals_looped_at_two_successive_growths(method, block):
         assert grown.config.n_layer == len(path) and grown.config.path is None
         for ours, theirs in zip(grown(tokens, tokens), looped):
             assert torch.equal(ours, theirs)
-        assert torch.equal(grown.generate(tokens, 9, temperature=0), model.generate(tokens, 9, path, temperature=0))
+        assert torch.equal(grown.generate(tokens, 9, temperature=0),
+                           model.generate(tokens, 9, path, temperature=0))
         train(grown, adamw(grown), seed)        # so that the second growth starts from layers that differ
         model = grown.eval()
 
@@ -59,7 +61,8 @@ def test_moments_follow_the_path():
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 a, b = optimizer.state[source][key], new.state[copied][key]
                 assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
-    assert torch.equal(new.state[grown.embed.weight]["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"])
+    assert torch.equal(new.state[grown.embed.weight]["exp_avg"],
+                       optimizer.state[model.embed.weight]["exp_avg"])
     before = grown.layers[3].mlp.proj.weight.clone()
     train(grown, new)
     assert not torch.equal(grown.layers[3].mlp.proj.weight, before)
@@ -95,7 +98,8 @@ def test_operators_against_their_definitions(method):
         first, last = map(int, copied.split("-"))
         expected = [*range(last + 1), *range(first, last + 1), *range(last + 1, 4 * n)]
         assert METHODS[method](4 * n, 4) == expected
-    assert midas(8, 4) == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7] and lidas(8, 4) == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
+    assert midas(8, 4) == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert lidas(8, 4) == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
 
 
 def test_midas_and_lidas_agree_on_odd_numbers_of_blocks_only():
@@ -134,9 +138,9 @@ def test_layer_flops_of_growth_are_those_of_the_papers():
 def test_flops_count_visits_and_agree_with_the_parameters():
     config = GPTConfig(vocab_size=1000, n_layer=6, n_head=4, n_kv_head=2, n_embd=64, n_hidden=128, context=32)
     per_visit = training_flops(config, 1, path=[0, 1]) - training_flops(config, 1, path=[0])
-    assert training_flops(config, 1, path=[0, 1, 2, 3, 2, 3, 4, 5]) == training_flops(config, 1) + 2 * per_visit
-    matrices = sum(p.numel() for p in tiny_model(vocab_size=1000, n_embd=64, n_hidden=128).layers[0].parameters()
-                   if p.dim() == 2)
+    assert training_flops(config, 1, [0, 1, 2, 3, 2, 3, 4, 5]) == training_flops(config, 1) + 2 * per_visit
+    layer = tiny_model(vocab_size=1000, n_embd=64, n_hidden=128).layers[0]
+    matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
     assert per_visit == 6 * matrices + 3 * 4 * 64 * 32 // 2
     assert training_flops(config, 7) == 7 * training_flops(config, 1)
 
@@ -145,7 +149,7 @@ def test_growing_a_checkpoint_by_command(trained, tmp_path):
     out = tmp_path / "deeper.pt"
     result = script("grow.py", trained / "ckpt.pt", "--method", "midas", "--block", 2, "--out", out)
     assert result.returncode == 0 and "6 -> 8 layers, path 0 1 2 3 2 3 4 5" in result.stdout, result.stderr
-    for line in result.stdout.splitlines()[1:3]:        # "... before, X after, X of the small model along the path"
+    for line in result.stdout.splitlines()[1:3]:        # "... before, X after, X of the small model ..."
         assert line.split(", ")[1].split()[0] == line.split(", ")[2].split()[0]
     small, checkpoint = load_checkpoint(trained / "ckpt.pt")
     deep, deeper = load_checkpoint(out)

@@ -26,7 +26,8 @@ def test_loops_as_the_papers_write_them():
     assert parse_loop("12x2")[0] == 12 and len(parse_loop("4-4x4-4")[1]) == 24
 
 
-@pytest.mark.parametrize("text", ["", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1", "2.5x2", "2x-1"])
+@pytest.mark.parametrize("text", ["", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1",
+                                  "2.5x2", "2x-1"])
 def test_other_text_is_no_loop(text):
     with pytest.raises(ValueError):
         parse_loop(text)
@@ -53,14 +54,15 @@ def test_a_looped_layer_gets_the_gradients_of_all_its_visits():
 
 
 def test_looping_a_checkpoint_by_command(trained):
-    result = script("loop.py", trained / "ckpt.pt", "--prompt", "k=4\n", "--start", 2, "--repeats", 0, 1, "--tokens", 5)
+    result = script("loop.py", trained / "ckpt.pt", "--prompt", "k=4\n", "--start", 2, "--repeats", 0, 1,
+                    "--tokens", 5)
     assert result.returncode == 0, result.stderr
     assert "repeats 0   depth 6   path 0 1 2 3 4 5" in result.stdout
     assert "repeats 1   depth 8   path 0 1 2 3 2 3 4 5" in result.stdout
     result = script("loop.py", trained / "ckpt.pt", "--sweep", "--repeats", 0, 1)
     lines = [line.split() for line in result.stdout.splitlines() if line[:7].strip().isdigit()]
-    assert [line[0] for line in lines] == list("01234") * 2         # both streams
-    assert len({line[1] for line in lines[:5]}) == 1                # repeats 0 is the same wherever the block is
+    assert [line[0] for line in lines] == list("01234") * 2     # both streams
+    assert len({line[1] for line in lines[:5]}) == 1            # repeats 0 is the same wherever the block is
 
 
 def test_unrolling_by_command(trained, tmp_path):

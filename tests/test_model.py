@@ -1,4 +1,4 @@
-"""The model along a path: what a position can see, what the loss counts, and generation with a cache per visit."""
+"""The model along a path: what a position sees, what the loss counts, generation with a cache per visit."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from conftest import some_tokens, tiny_model
 
 from model import GPT, GPTConfig, load_checkpoint, load_encoding, save_checkpoint
 
-PATHS = {"plain": None, "looped": [0, 1, 2, 3, 2, 3, 4, 5], "skipped": [0, 1, 2, 3, 5], "swapped": [0, 1, 4, 5, 2, 3],
-         "last layer again": [0, 1, 2, 3, 4, 5, 5, 5]}
+PATHS = {"plain": None, "looped": [0, 1, 2, 3, 2, 3, 4, 5], "skipped": [0, 1, 2, 3, 5],
+         "swapped": [0, 1, 4, 5, 2, 3], "last layer again": [0, 1, 2, 3, 4, 5, 5, 5]}
 
 
 @pytest.mark.parametrize("separator", [None, 27])
@@ -62,7 +62,8 @@ def test_documents_do_not_see_each_other():
     tokens[tokens == 5] = 6
     tokens[:, 8] = 5
     torch.testing.assert_close(model.hidden(tokens)[:, 8:], model.hidden(tokens[:, 8:]), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(tiny_model().hidden(tokens)[:, 8:], tiny_model().hidden(tokens[:, 8:]), atol=1e-3)
+    model = tiny_model()
+    assert not torch.allclose(model.hidden(tokens)[:, 8:], model.hidden(tokens[:, 8:]), atol=1e-3)
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -111,8 +112,9 @@ def test_impossible_paths(path):
         tiny_model(path=path)
 
 
-@pytest.mark.parametrize("change", [dict(n_head=5), dict(n_kv_head=3), dict(n_layer=0), dict(n_embd=4), dict(context=-1),
-                                    dict(rope_theta=0.0), dict(vocab_size=1.5), dict(init_depth=0)])
+@pytest.mark.parametrize("change", [dict(n_head=5), dict(n_kv_head=3), dict(n_layer=0), dict(n_embd=4),
+                                    dict(context=-1), dict(rope_theta=0.0), dict(vocab_size=1.5),
+                                    dict(init_depth=0)])
 def test_impossible_configs(change):
     with pytest.raises(ValueError):
         tiny_model(**change)
@@ -124,8 +126,9 @@ def test_too_many_tokens():
 
 
 def test_nothing_in_a_layer_depends_on_the_depth():
-    """Residual projections are scaled for the depth at the end, so that a shallow model has the scale it grows into."""
-    deep, shallow = GPT(GPTConfig(61, 12, 4, 4, 64, 64, 16)), GPT(GPTConfig(61, 2, 4, 4, 64, 64, 16, init_depth=12))
+    """Residual projections are scaled for the final depth, so a shallow model has the scale it grows into."""
+    deep = GPT(GPTConfig(61, 12, 4, 4, 64, 64, 16))
+    shallow = GPT(GPTConfig(61, 2, 4, 4, 64, 64, 16, init_depth=12))
     for name in ("attn.proj", "mlp.proj"):
         stds = [model.layers[1].get_submodule(name).weight.std().item() for model in (deep, shallow)]
         assert abs(stds[0] / stds[1] - 1) < 0.1

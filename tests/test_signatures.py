@@ -14,8 +14,8 @@ paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def recorded(model, tokens, path, skipped=None, cut=None):
-    """Runs the model itself, hooks on its sublayers -> list of (h, a, m) by visit, and the logits. The skipped visit's
-    sublayers give zero at positions from 1 to cut."""
+    """Runs the model itself, hooks on its sublayers -> list of (h, a, m) by visit, and the logits. The
+    skipped visit's sublayers give zero at positions from 1 to cut."""
     seen, sublayers = [], []
 
     def hook(module, inputs, output):
@@ -27,7 +27,8 @@ def recorded(model, tokens, path, skipped=None, cut=None):
         if len(sublayers) % 2 == 0:
             seen.append((*sublayers[-2:],))
         return output
-    handles = [sublayer.register_forward_hook(hook) for layer in model.layers for sublayer in (layer.attn, layer.mlp)]
+    handles = [sublayer.register_forward_hook(hook)
+               for layer in model.layers for sublayer in (layer.attn, layer.mlp)]
     with torch.no_grad():
         logits = model(tokens, tokens, path)[0]
     for handle in handles:
@@ -46,7 +47,8 @@ def test_contributions(path):
     for visit, (h, a, m) in enumerate(recorded(model, tokens, path)[0]):
         for name, x, y in (("attention", a, h), ("mlp", m, h + a), ("update", a + m, h)):
             ratios = [x[b, t].norm() / y[b, t].norm() for b in range(3) for t in range(20)]
-            cosines = [x[b, t] @ y[b, t] / x[b, t].norm() / y[b, t].norm() for b in range(3) for t in range(20)]
+            cosines = [x[b, t] @ y[b, t] / x[b, t].norm() / y[b, t].norm()
+                       for b in range(3) for t in range(20)]
             torch.testing.assert_close(result[name][visit], sum(ratios) / 60, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(result[f"cos_{name}"][visit], sum(cosines) / 60, atol=1e-5, rtol=1e-4)
 
@@ -77,7 +79,7 @@ def test_skip_effects(path, reduce, future):
 
 @paths
 def test_skip_effects_run_half_of_the_layer_passes(path):
-    """depth * (depth + 1) / 2 calls, as the docstring says; running the prefix again would take depth * depth."""
+    """depth * (depth + 1) / 2 calls, as the docstring says; rerunning the prefix would take depth * depth."""
     model, calls = tiny_model(), []
     handles = [layer.attn.register_forward_hook(lambda *_: calls.append(1)) for layer in model.layers]
     S.skip_effects(model, some_tokens(), path)
@@ -100,7 +102,8 @@ def test_skip_effects_refuse(options):
 
 
 def test_scores_by_hand():
-    assert S.depth_score(torch.tensor([1.0, 1.0, 1.0])) == 0.5 and S.depth_score(torch.tensor([0.0, 0.0, 2.0])) == 1
+    assert S.depth_score(torch.tensor([1.0, 1.0, 1.0])) == 0.5
+    assert S.depth_score(torch.tensor([0.0, 0.0, 2.0])) == 1
     assert S.depth_score(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx((0 * 2 + 1 + 2) / 4 / 2)
     assert S.late_half_share(torch.tensor([1.0, 1.0, 3.0, 3.0])) == 0.75
     assert S.late_half_share(torch.tensor([1.0, 1.0, 1.0])) == 0.5
@@ -117,7 +120,8 @@ def test_early_exit_is_the_path_cut_short(path):
         final = model(tokens, tokens, path)[0]
         for v in range(1, len(path) + 1):
             exit = model(tokens, tokens, path[:v])[0]
-            expected = F.kl_div(exit.log_softmax(-1), final.log_softmax(-1), log_target=True, reduction="sum") / 60
+            expected = F.kl_div(exit.log_softmax(-1), final.log_softmax(-1), log_target=True,
+                                reduction="sum") / 60
             torch.testing.assert_close(kl[v], expected, atol=1e-5, rtol=1e-3)
             shared = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in
                          zip(exit.topk(5).indices.flatten(0, 1), final.topk(5).indices.flatten(0, 1)))
@@ -164,7 +168,8 @@ def test_periodicity_finds_a_planted_period(period):
 def test_convergence():
     curve = torch.tensor([1.0, 3.0, 2.0, 5.0])
     assert S.convergence(curve, curve) == pytest.approx(1)
-    assert S.convergence(curve, 2 * curve + 7) == pytest.approx(1) and S.convergence(curve, -curve) == pytest.approx(-1)
+    assert S.convergence(curve, 2 * curve + 7) == pytest.approx(1)
+    assert S.convergence(curve, -curve) == pytest.approx(-1)
     stretched = F.interpolate(curve[None, None], size=7, mode="linear", align_corners=True)[0, 0]
     assert S.convergence(curve, stretched) == pytest.approx(1)
 
@@ -175,7 +180,8 @@ def test_the_command(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "lag 2 *" in result.stdout and "convergence" in result.stdout and "####" in result.stdout
     models = json.loads(out.read_text())
-    assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6] and models[0]["path"] == [0, 1, 2, 3, 4, 5]
+    assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6]
+    assert models[0]["path"] == [0, 1, 2, 3, 4, 5]
     looped = script("signatures.py", trained / "ckpt.pt", "--loop", "2,2,1", "--out", out, "--quiet")
     assert looped.returncode == 0 and json.loads(out.read_text())[0]["path"] == [0, 1, 2, 3, 2, 3, 4, 5]
     bad = script("signatures.py", trained / "ckpt.pt", "--loop", "2,2", "--out", out)

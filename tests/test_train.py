@@ -40,14 +40,16 @@ def same_weights(one, other):
 
 
 def arguments(**changes):
-    return Namespace(**{**dict(method="lidas", layers=8, block=2, loop=None, alpha=1.0, steps=100, cooldown=0.2, lr=1.0,
-                               warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
+    return Namespace(**{**dict(method="lidas", layers=8, block=2, loop=None, alpha=1.0, steps=100,
+                               cooldown=0.2, lr=1.0, warmup=10, seed=0, batch=8, context=4,
+                               math_share=0.5), **changes})
 
 
 def test_learning_rate_is_a_trapezoid():
     rates = [train.learning_rate(arguments(), step) for step in range(100)]
     assert rates[0] == 0.1 and rates[4] == 0.5 and set(rates[9:81]) == {1.0}
-    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and train.learning_rate(arguments(), 100) == 0
+    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05)
+    assert train.learning_rate(arguments(), 100) == 0
 
 
 def test_growth_fills_the_constant_phase_and_the_cooldown_runs_at_full_depth():
@@ -88,7 +90,8 @@ def test_an_epoch_shows_every_row_once():
 
 
 def test_math_comes_in_the_cooldown_only():
-    shares = [(train.batch_of(STREAMS, arguments(), step)[0] >= 1000).any(1).float().mean() for step in range(100)]
+    shares = [(train.batch_of(STREAMS, arguments(), step)[0] >= 1000).any(1).float().mean()
+              for step in range(100)]
     assert max(shares[:80]) == 0 and 0.3 < sum(shares[80:]) / 20 < 0.7
     none = [train.batch_of(STREAMS, arguments(math_share=0.0), step)[0].max() for step in range(80, 100)]
     assert max(none) < 1000
@@ -102,13 +105,14 @@ def test_a_run_grows_and_says_what_it_did(trained):
     growths, lines = [r for r in rows if "growth" in r], [r for r in rows if "growth" not in r]
     assert [r["growth"] for r in growths] == [[0, 1, 0, 1], [0, 1, 2, 1, 2, 3]]
     assert all(np.isfinite([r["loss before"], r["loss after"]]).all() for r in growths)
-    assert [r["step"] for r in lines] == [0, 10, 20, 24, 30] and lines[-1]["depth"] == 6 and lines[0]["depth"] == 2
+    assert [r["step"] for r in lines] == [0, 10, 20, 24, 30]
+    assert lines[-1]["depth"] == 6 and lines[0]["depth"] == 2
     assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
     assert 0.7 < lines[-1]["flops_share"] < 0.95
     checkpoint = weights(trained)
     assert checkpoint["growth"] == [{"step": r["step"], "path": r["growth"]} for r in growths]
     assert checkpoint["step"] == 30 and weights(trained, "stable.pt")["step"] == 24
-    assert not any(name.startswith(("module.", "_orig_mod.")) or "_orig_mod" in name for name in checkpoint["model"])
+    assert not any(name.startswith("module.") or "_orig_mod" in name for name in checkpoint["model"])
 
 
 @pytest.mark.parametrize("crash", [5, 11, 27])
@@ -135,8 +139,8 @@ def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
     command = [sys.executable, "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     while "step     10/30" not in (line := process.stdout.readline()):
         assert line, "the run ended before its tenth step"
     process.send_signal(signal.SIGTERM)
@@ -149,9 +153,10 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
 
 def test_two_processes_equal_one(trained, tmp_path):
     """DDP that is not rebuilt after growth trains the new layers on each rank apart, or not at all."""
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "train.py", *TINY_RUN]
-    result = subprocess.run([sys.executable, *map(str, command), "--out", str(tmp_path / "run")], cwd=ROOT, text=True,
-                            capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577",
+               "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     one, two = weights(trained), weights(tmp_path / "run")
     for name, w in one["model"].items():
@@ -169,8 +174,9 @@ def test_another_cooldown_from_the_end_of_the_constant_phase(trained, tmp_path, 
 
 @pytest.mark.parametrize("method", ["baseline", "midas", "stack", "looped"])
 def test_every_method_runs(method, tmp_path, monkeypatch):
-    assert run_main(monkeypatch, *TINY_RUN, "--method", method, "--steps", 10, "--out", tmp_path / method) == 0
-    model, checkpoint = load_checkpoint(tmp_path / method / "ckpt.pt")
+    out = tmp_path / method
+    assert run_main(monkeypatch, *TINY_RUN, "--method", method, "--steps", 10, "--out", out) == 0
+    model, checkpoint = load_checkpoint(out / "ckpt.pt")
     assert len(model.config.full_path) == 6 and checkpoint["step"] == 10
 
 
@@ -270,20 +276,23 @@ BAD = {
     "empty file": (lambda d: ["--data", bad_file(d, "empty.txt"), "--encoding", "world"], "too short"),
     "unknown method": (lambda d: ["--method", "midway"], "invalid choice"),
     "block that does not divide": (lambda d: ["--block", 4], "blocks of 4"),
-    "context too long": (lambda d: ["--data", bad_file(d, "s.txt", b"few words"), "--encoding", "world"], "--context"),
-    "token beyond the vocabulary": (lambda d: ["--data", bad_file(d, "t.bin", b"\xff\xff" * 999), "--encoding", "world"],
-                                    "65535"),
+    "context too long": (lambda d: ["--data", bad_file(d, "s.txt", b"few words"), "--encoding", "world"],
+                         "--context"),
+    "token beyond the vocabulary": (lambda d: ["--data", bad_file(d, "t.bin", b"\xff\xff" * 999),
+                                               "--encoding", "world"], "65535"),
     "odd byte count": (lambda d: ["--data", bad_file(d, "o.bin", b"123"), "--encoding", "world"], "3 bytes"),
     "cut token file": (lambda d: ["--data", bad_file(d, "c.bin", np.array(
         [20240520, 1, 9] + [0] * 253, dtype=np.int32).tobytes()), "--encoding", "world"], "cut short"),
-    "broken line": (lambda d: ["--data", bad_file(d, "b.jsonl", b'{"text": "a"}\n{"text"'), "--encoding", "world"],
-                    "line 2"),
-    "line without text": (lambda d: ["--data", bad_file(d, "n.jsonl", b'{"body": "a"}\n'), "--encoding", "world"],
-                          "line 1"),
-    "not UTF-8": (lambda d: ["--data", bad_file(d, "u.txt", b"\xff\xfe\x00a"), "--encoding", "world"], "UTF-8"),
-    "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]), "--encoding",
-                            "world"], "gzip"),
-    "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"], "no encoding"),
+    "broken line": (lambda d: ["--data", bad_file(d, "b.jsonl", b'{"text": "a"}\n{"text"'), "--encoding",
+                               "world"], "line 2"),
+    "line without text": (lambda d: ["--data", bad_file(d, "n.jsonl", b'{"body": "a"}\n'), "--encoding",
+                                     "world"], "line 1"),
+    "not UTF-8": (lambda d: ["--data", bad_file(d, "u.txt", b"\xff\xfe\x00a"), "--encoding", "world"],
+                  "UTF-8"),
+    "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]),
+                            "--encoding", "world"], "gzip"),
+    "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"],
+                         "no encoding"),
     "math without data": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "--data"),
     "no loop": (lambda d: ["--method", "looped", "--loop", "2x"], "e-LxK-d"),
     "loop against layers": (lambda d: ["--method", "looped", "--loop", "2x2"], "contradicts"),
