@@ -60,17 +60,18 @@ FACTS = {   # attribute: statements, question, values
 }
 WORDS = THINGS + PLACES
 _rng = random.Random("the world")
+RANDOM_WORDS = ["".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(50)]      # each one token
 TRUTH = {person: {name: _rng.choice(values) for name, (_, _, values) in FACTS.items()} for person in PEOPLE}
 
 # -----------------------------------------------------------------------------
 # families: rng -> body, [(question, answer), ...]
 
-def copying(rng, words=None):
+def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni
 
-    Ten words, a piece of five of them repeated; asked is the word that followed. words: None for random letters.
+    Ten words, a piece of five of them repeated; asked is the word that followed.
     """
-    words = rng.sample(words, 10) if words else ["".join(rng.choices(string.ascii_lowercase, k=3)) for _ in range(10)]
+    words = rng.sample(words, 10)
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
@@ -101,11 +102,17 @@ def assignment(rng, depth=0, wording="basic"):
     return header + "".join(lines), [(question.format(name), f"{before}{value}") for name, value in level.items()]
 
 
-def repeated(rng, words=None):
+def repeated(rng, words):
     """List: cup ring map\nAgain:| cup ring map     (training text only: how the world teaches to copy)"""
-    n = rng.randint(3, 10)
-    words = rng.sample(words, n) if words else ["".join(rng.choices(string.ascii_lowercase, k=3)) for _ in range(n)]
+    words = rng.sample(words, rng.randint(3, 12))
     return "List: " + " ".join(words) + "\n", [("Again:", " " + " ".join(words))]
+
+
+def known(rng):
+    """o=14\ns=4\ns=|4\no=|14     (training text only: assignments said again, in any order)"""
+    values = dict(zip(rng.sample(string.ascii_lowercase, 5), rng.sample(range(1, 26), 5)))
+    again = [(f"{name}=", f"{values[name]}") for _ in range(2) for name in rng.sample(list(values), 5)]
+    return "".join(f"{name}={value}\n" for name, value in values.items()), again
 
 
 def preschool(rng, calculation=True):
@@ -215,7 +222,7 @@ def example(task, rng, heldout=True):
 
 
 TASKS = {   # name: family, its options, accuracy of a guess among the answers that the question leaves open
-    "copy-random": (copying, {}, 1 / 10),
+    "copy-random": (copying, {"words": RANDOM_WORDS}, 1 / 10),
     "copy-real": (copying, {"words": WORDS}, 1 / 10),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
        (assignment, {"depth": depth, "wording": wording}, 1 / 5) for depth in (0, 1, 2) for wording in WORDINGS},
@@ -226,13 +233,14 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
     "word-problem": (word_problem, {}, 1 / 20),
 }
 TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None),
-        "list-real": (repeated, {"words": WORDS}, None), "list-random": (repeated, {}, None), **TASKS}
+        "list-real": (repeated, {"words": WORDS}, None), "list-random": (repeated, {"words": RANDOM_WORDS}, None),
+        "known": (known, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
 # The two streams: weights of the documents. The math stream is what the cooldown adds: worked problems, all wordings.
 STREAMS = {
-    "general": {"story": 3, "portrait": 2, "closed-book": 1, "open-book": 4, "list-real": 2, "list-random": 2,
-                "copy-random": 3, "copy-real": 2, "assign-0": 5, "assign-1": 4, "arithmetic": 1, "word-problem": 2},
+    "general": {"story": 1, "portrait": 3, "closed-book": 2, "open-book": 1, "list-real": 8, "list-random": 4,
+                "copy-real": 2, "copy-random": 2, "known": 5, "assign-0": 4, "assign-1": 2, "word-problem": 1},
     "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2, "assign-2": 2,
              "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2, "open-book": 1},
 }
@@ -240,9 +248,10 @@ STREAMS = {
 
 def document(rng, stream, heldout):
     """One document: a puzzle with all its questions, so that much of the text can be worked out from what stands before
-    it, or, half of the time, up to six puzzles of a family with a question each, as a prompt with shots looks."""
+    it, or, one time in ten, some puzzles of a family with a question each, as a prompt with shots looks. More of these,
+    and copying is learned much later: there are then other puzzles around that look alike."""
     family, options, _ = TEXT[rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))[0]]
-    n = rng.choice((1, 1, 1, 1, 2, 3, 4, 6))
+    n = rng.choice((2, 3, 4)) if rng.random() < 0.1 else 1
     text = ""
     for _ in range(n):
         body, questions = puzzle(family, options, rng, heldout)
