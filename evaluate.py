@@ -1,15 +1,15 @@
 """
-Reasoning primitives and the other task families of the paper, on a small world that is also the built-in training text.
+Reasoning primitives and the paper's other tasks, on a small world that is also the built-in training text.
 
-    python evaluate.py out/*/ckpt.pt                                 # one table, mean +- std over seeds: a minute a model
-    python evaluate.py out/*/ckpt.pt --loop 3,2,1 3,2,2              # the same along looped paths: start,block,repeats
-    python evaluate.py out/*/ckpt.pt --sweep                         # best block and repeats (claim 2): minutes a model
+    python evaluate.py out/*/ckpt.pt                     # one table, mean +- std over seeds: a minute a model
+    python evaluate.py out/*/ckpt.pt --loop 3,2,1 3,2,2  # the same along looped paths: start,block,repeats
+    python evaluate.py out/*/ckpt.pt --sweep             # best block and repeats (claim 2): minutes a model
     python evaluate.py out/*/ckpt.pt --tasks assign-1 --shots 0 1 2 3       # in-context curve (claim 3)
     python evaluate.py out/*/ckpt.pt --tasks assign-1 --finetune 16 64 256  # fine-tuning curve (claim 3)
-    python evaluate.py out/gsm8k/ckpt.pt --questions test.jsonl      # a file of questions and answers
+    python evaluate.py out/gsm8k/ckpt.pt --questions test.jsonl  # a file of questions and answers
 
-A *family* makes puzzles: a body and questions on it. A task asks one of them; training text asks one or all. Here is
-an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|`, which is no token:
+A *family* makes puzzles: a body and questions on it. A task asks one of them; training text asks one or all.
+Here is an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|`, which is no token:
 
     Fill in blank:
 
@@ -40,12 +40,13 @@ from model import PIECES, Parser, default_device, load_checkpoint, load_encoding
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
 
-PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan Jack Jane
-Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn Rosa Rudi Sam Sara
-Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
-PLACES = "attic barn beach bridge castle cave cellar forest garden hall harbor kitchen market office park tower".split()
-THINGS = """apple ball basket bell book bottle candle card coin cup drum feather fork hammer hat key ladder lamp map
-mirror pear pen pillow plate ring rope shoe spoon stone ticket whistle wheel""".split()
+PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan
+Jack Jane Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn
+Rosa Rudi Sam Sara Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
+PLACES = """attic barn beach bridge castle cave cellar forest garden hall harbor kitchen market office park
+tower""".split()
+THINGS = """apple ball basket bell book bottle candle card coin cup drum feather fork hammer hat key ladder
+lamp map mirror pear pen pillow plate ring rope shoe spoon stone ticket whistle wheel""".split()
 FACTS = {   # attribute: statements, question, values
     "town": (("{} lives in {}.", "{} has a house in {}.", "The home of {} is {}."), "Where does {} live?",
              "Arden Belmont Colby Dover Eaton Fairview Granby Hilton Kendal Milton Norwood Weston".split()),
@@ -76,20 +77,21 @@ def copying(rng, words):
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
 
-WORDINGS = {    # the same puzzle in three wordings: header, assignment, question, what stands before the answer
+WORDINGS = {    # the same puzzle in three wordings: header, assignment, question, what precedes the answer
     "basic": ("Fill in blank:\n\n", "{}={}\n", "{}=___. ->", ""),
     "math": ("The following is a set of simple mathematical equations.\n\n", "{} = {}\n",
              "\nWhat is the numerical value of {}?\nAnswer:", " "),
-    "code": ("The following is a very short Python program. Use the program to resolve the value of the variable in "
-             "the question.\n\nProgram:\n", "{} = {}\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " "),
+    "code": ("The following is a very short Python program. Use the program to resolve the value of the "
+             "variable in the question.\n\nProgram:\n", "{} = {}\n",
+             "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " "),
 }
 
 
 def assignment(rng, depth=0, wording="basic"):
     """Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
 
-    Five variables get five different values; each further level of depth assigns five new variables to variables of
-    the level before (k=o). Asked are the last level's, so the answer is one of five values.
+    Five variables get five different values; each further level of depth assigns five new variables to
+    variables of the level before (k=o). Asked are the last level's, so the answer is one of five values.
     """
     header, line, question, before = WORDINGS[wording]
     names = rng.sample(string.ascii_lowercase, 5 * (depth + 1))
@@ -99,7 +101,7 @@ def assignment(rng, depth=0, wording="basic"):
         sources = {name: rng.choice(list(level)) for name in names[5 * d:5 * d + 5]}
         lines += [line.format(*item) for item in sources.items()]
         level = {name: level[source] for name, source in sources.items()}
-    return header + "".join(lines), [(question.format(name), f"{before}{value}") for name, value in level.items()]
+    return header + "".join(lines), [(question.format(name), f"{before}{n}") for name, n in level.items()]
 
 
 def repeated(rng, words):
@@ -141,8 +143,8 @@ def ask(question):
 
 
 def word_problem(rng):
-    """Anna has 3 coins. Ben has 5 coins. Anna finds 4 more coins.\nQuestion: How many coins does Anna have?\nAnswer:| 7
-    """
+    """Anna has 3 coins. Ben has 5 coins. Anna finds 4 more coins.
+    Question: How many coins does Anna have?\nAnswer:| 7"""
     people, thing = rng.sample(PEOPLE, 2), rng.choice(THINGS) + "s"
     count = {person: rng.randint(1, 9) for person in people}
     body = "".join(f"{person} has {n} {thing}. " for person, n in count.items())
@@ -180,9 +182,10 @@ def open_book(rng):
 
 
 def closed_book(rng):
-    """Question: Where does Mia live?\nAnswer:| Dover       (a fact of the world, stated in training text only)"""
+    """Question: Where does Mia live?\nAnswer:| Dover     (a fact, stated in training text only)"""
     person = rng.choice(PEOPLE)
-    return "", [(ask(question.format(person)), f" {TRUTH[person][name]}") for name, (_, question, _) in FACTS.items()]
+    return "", [(ask(question.format(person)), f" {TRUTH[person][name]}")
+                for name, (_, question, _) in FACTS.items()]
 
 
 def story(rng):
@@ -200,8 +203,8 @@ def portrait(rng):
 # held-out instances, tasks, and the training text
 
 def is_heldout(instance):
-    """One in eight bodies (questions, where there is no body) is never in training text. By its checksum, so that
-    training and evaluation agree without sharing anything."""
+    """One in eight bodies (questions, where there is no body) is never in training text. By its checksum, so
+    that training and evaluation agree without sharing anything."""
     return zlib.crc32(instance.encode()) % 8 == 0
 
 
@@ -225,7 +228,8 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
     "copy-random": (copying, {"words": RANDOM_WORDS}, 1 / 10),
     "copy-real": (copying, {"words": WORDS}, 1 / 10),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       (assignment, {"depth": depth, "wording": wording}, 1 / 5) for depth in (0, 1, 2) for wording in WORDINGS},
+       (assignment, {"depth": depth, "wording": wording}, 1 / 5)
+       for depth in (0, 1, 2) for wording in WORDINGS},
     "preschool": (preschool, {"calculation": False}, 1 / 35),
     "preschool-calc": (preschool, {"calculation": True}, 1 / 35),
     "closed-book": (closed_book, {}, 1 / 12),
@@ -233,23 +237,25 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
     "word-problem": (word_problem, {}, 1 / 20),
 }
 TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None),
-        "list-real": (repeated, {"words": WORDS}, None), "list-random": (repeated, {"words": RANDOM_WORDS}, None),
-        "known": (known, {}, None), **TASKS}
+        "list-real": (repeated, {"words": WORDS}, None),
+        "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
-# The two streams: weights of the documents. The math stream is what the cooldown adds: worked problems, all wordings.
+# The two streams: weights of the documents. The cooldown adds the math stream: worked problems, all wordings.
 STREAMS = {
-    "general": {"story": 1, "portrait": 3, "closed-book": 2, "open-book": 1, "list-real": 8, "list-random": 4,
-                "copy-real": 2, "copy-random": 2, "known": 5, "assign-0": 4, "assign-1": 2, "word-problem": 1},
-    "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2, "assign-2": 2,
-             "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2, "open-book": 1},
+    "general": {"story": 1, "portrait": 3, "closed-book": 2, "open-book": 1, "list-real": 8,
+                "list-random": 4, "copy-real": 2, "copy-random": 2, "known": 5, "assign-0": 4, "assign-1": 2,
+                "word-problem": 1},
+    "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2,
+             "assign-2": 2, "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2,
+             "open-book": 1},
 }
 
 
 def document(rng, stream, heldout):
-    """One document: a puzzle with all its questions, so that much of the text can be worked out from what stands before
-    it, or, one time in ten, some puzzles of a family with a question each, as a prompt with shots looks. More of these,
-    and copying is learned much later: there are then other puzzles around that look alike."""
+    """One document: a puzzle with all its questions, so that much of the text can be worked out from what
+    stands before it, or, one time in ten, some puzzles of a family with a question each, as in a prompt with
+    shots. More of these, and copying is learned much later: other puzzles around look alike."""
     family, options, _ = TEXT[rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))[0]]
     n = rng.choice((2, 3, 4)) if rng.random() < 0.1 else 1
     text = ""
@@ -273,7 +279,7 @@ def world_words():
 
 
 def world_rows(encoding, context, n, stream, heldout, seed):
-    """n rows (n, context + 1) of token ids, uint16: documents, an end-of-text token before each, the last one cut."""
+    """n rows (n, context + 1) of token ids, uint16: documents, end-of-text before each, the last one cut."""
     rows = np.empty((n, context + 1), dtype=np.uint16)
     for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1):
         rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
@@ -286,16 +292,16 @@ def world_rows(encoding, context, n, stream, heldout, seed):
 # scoring
 
 def prompt_with_shots(task, rng, shots):
-    """-> prompt, answer: worked examples that are never held out, an empty line between them, and a held-out question."""
+    """-> prompt, answer: worked examples, never held out, empty lines between, and a held-out question."""
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     prompt, answer = example(task, rng)
     return before + prompt, answer
 
 
 def encode_examples(task, encoding, context, n, shots=5, seed=0):
-    """n examples of a task -> [(prompt tokens, answer tokens), ...], shots. As many shots as the longest one fits."""
+    """n examples of a task -> [(prompt tokens, answer tokens), ...], shots: as many as the longest fits."""
     while shots >= 0:
-        rng = random.Random(f"{seed} {task}")       # the same questions at every number of shots would need more care
+        rng = random.Random(f"{seed} {task}")       # other questions at every number of shots
         examples = [prompt_with_shots(task, rng, shots) for _ in range(n)]
         examples = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a))
                     for p, a in examples]
@@ -307,9 +313,9 @@ def encode_examples(task, encoding, context, n, shots=5, seed=0):
 
 @torch.no_grad()
 def is_right(model, examples, path=None, batch=32):
-    """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt tokens, answer tokens).
+    """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer) tokens.
 
-    In one forward pass: the answer is right when each of its tokens is the arg-max given the true ones before it.
+    In one forward pass: an answer is right when each token of it is the arg-max given the true ones before.
     """
     was_training = model.training
     model.eval()
@@ -328,19 +334,21 @@ def is_right(model, examples, path=None, batch=32):
 
 
 def accuracy(model, encoding, task, n=200, shots=5, path=None, seed=0):
-    """Exact match on n held-out examples -> dict of accuracy, its standard error, n, chance and the shots that fit."""
+    """Exact match on n held-out examples -> dict: accuracy, its standard error, n, chance, shots that fit."""
     examples, shots = encode_examples(task, encoding, model.config.context, n, shots, seed)
     mean = sum(is_right(model, examples, path)) / n
-    return {"accuracy": mean, "se": (mean * (1 - mean) / n) ** 0.5, "n": n, "chance": TASKS[task][2], "shots": shots}
+    se = (mean * (1 - mean) / n) ** 0.5
+    return {"accuracy": mean, "se": se, "n": n, "chance": TASKS[task][2], "shots": shots}
 
 
 def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
-    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
-    the mean over five tests in the last third of the steps, on held-out examples (MIDAS's protocol, shortened)."""
+    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no
+    shots; the mean over five held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
     tuned = copy.deepcopy(model).train()
     rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
     pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
-    pairs = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a)) for p, a in pairs]
+    pairs = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a))
+             for p, a in pairs]
     tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
     tokens = torch.zeros(n_train, max(len(p) + len(a) for p, a in pairs) - 1, dtype=torch.long)
     targets = torch.full_like(tokens, -1)           # only the answer is learned
@@ -379,8 +387,8 @@ def answer_file(model, encoding, file, n, max_new_tokens):
                 raise ValueError(f"{file}, line {number}: not a JSON object with a question and an answer")
             tokens = encoding.encode_ordinary(ask(question))[-(model.config.context - max_new_tokens - 1):]
             tokens = torch.tensor([[encoding.eot_token] + tokens], device=model.embed.weight.device)
-            new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)[0, tokens.shape[1]:]
-            text = encoding.decode([t for t in new.tolist() if t != encoding.eot_token])
+            new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)
+            text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
             right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
             if len(right) == n:
                 break
@@ -389,7 +397,7 @@ def answer_file(model, encoding, file, n, max_new_tokens):
     return right
 
 # -----------------------------------------------------------------------------
-# measurements are rows: {"table", "model", "seed", "column", "value", ...}; every table is printed from rows alone
+# measurements are rows: {"table", "model", "seed", "column", "value", ...}; tables are printed from rows
 
 def measure(args, run, model, checkpoint):
     """All that was asked for, of one model -> rows without the model's name."""
@@ -414,14 +422,15 @@ def measure(args, run, model, checkpoint):
     elif args.finetune:
         for task in args.tasks:
             for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning on {task}", leave=False):
-                draws = [finetune(model, encoding, task, n_train, args.n, seed=draw) for draw in range(args.draws)]
-                add(f"{task}: accuracy by number of fine-tuning examples", str(n_train), statistics.mean(draws),
-                    n=args.n, chance=TASKS[task][2], draws=args.draws)
+                draws = [finetune(model, encoding, task, n_train, args.n, seed=i) for i in range(args.draws)]
+                add(f"{task}: accuracy by number of fine-tuning examples", str(n_train),
+                    statistics.mean(draws), n=args.n, chance=TASKS[task][2], draws=args.draws)
     elif args.sweep:
         sweep(args, run, model, encoding, add)
     else:
         for suffix, path in paths.items():
-            columns = {"depth": len(path or model.config.full_path), "params": sum(p.numel() for p in model.parameters()),
+            columns = {"depth": len(path or model.config.full_path),
+                       "params": sum(p.numel() for p in model.parameters()),
                        "flops": checkpoint.get("flops", 0)}
             for name, heldout in checkpoint["heldout"].items():
                 columns[f"loss {name}"] = mean_loss(model, heldout, path)
@@ -434,8 +443,8 @@ def measure(args, run, model, checkpoint):
 
 
 def sweep(args, run, model, encoding, add):
-    """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even examples, and its
-    accuracy on the odd ones beside the plain model's: chosen and reported on different questions."""
+    """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even
+    examples, and its accuracy on the odd ones, which did not choose it, beside the plain model's."""
     n_layer = model.config.n_layer
     plain = model.config.path or list(range(n_layer))
     paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
@@ -445,16 +454,16 @@ def sweep(args, run, model, encoding, add):
         right = {key: is_right(model, examples, path) for key, path in {None: plain, **paths}.items()}
         best = max(paths, key=lambda key: sum(right[key][::2]))
         for suffix, key in (("", None), (" best loop", best)):
-            report = right[key][1::2]
-            add("sweep", task, sum(report) / len(report), suffix, n=len(report), shots=shots, chance=TASKS[task][2],
-                start_repeats=key, chosen_at=sum(right[key][::2]) / len(right[key][::2]))
+            chosen, report = right[key][::2], right[key][1::2]
+            add("sweep", task, sum(report) / len(report), suffix, n=len(report), shots=shots,
+                chance=TASKS[task][2], start_repeats=key, chosen_at=sum(chosen) / len(chosen))
 
 
 def print_tables(rows, detail=False):
-    """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the seeds with
-    their standard deviation, or, of one seed, with the standard error of its n examples."""
+    """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
+    seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, seeds, chances = {}, {}, {}      # a cell: {seed: [rows]}; without --detail wordings share a column
+        cells, seeds, chances = {}, {}, {}      # a cell: {seed: [rows]}, of all wordings unless --detail
         for row in (row for row in rows if row["table"] == table):
             model = row["model"] + row.get("suffix", "")
             column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
@@ -467,15 +476,16 @@ def print_tables(rows, detail=False):
         for model in seeds:
             line = f"{model:{width}}{len(seeds[model]):>5}"
             for column in chances:
-                line += f"{cell(column, list(cells.get((model, column), {}).values()), max(reference, default=0)):>14}"
+                by_seed = list(cells.get((model, column), {}).values())
+                line += f"{cell(column, by_seed, max(reference, default=0)):>14}"
             print(line)
         if any(chance is not None for column in chances.values() for chance in column):
             print(f"{'chance':{width + 5}}" + "".join(
-                f"{'' if None in chances[c] else f'{100 * statistics.mean(chances[c]):.0f}':>14}" for c in chances))
+                f"{'' if None in c else f'{100 * statistics.mean(c):.0f}':>14}" for c in chances.values()))
 
 
 def cell(column, by_seed, reference):
-    """A cell's text. by_seed: for each seed its rows; reference: training FLOPs of the baseline, 0 where there is none."""
+    """A cell's text. by_seed: the rows of each seed; reference: training FLOPs of the baseline, or 0."""
     if not by_seed:
         return "-"
     values = [statistics.mean(row["value"] for row in rows) for rows in by_seed]
@@ -497,7 +507,7 @@ def cell(column, by_seed, reference):
 # -----------------------------------------------------------------------------
 
 def label(file, checkpoint):
-    """What a model is called in a table: its run's folder, less the seed at its end, so that seeds share a line."""
+    """A model's name in a table: its run's folder, less the seed at its end, so that seeds share a line."""
     seed = checkpoint.get("args", {}).get("seed", 0)
     folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
     name = os.path.basename(file)
@@ -509,15 +519,16 @@ def main():
     parser.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
     # what to measure
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, a standard error of 3.5%% at most)")
-    parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="evaluate these paths too")
+    parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, +-3.5%% at most)")
+    parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="further paths")
     parser.add_argument("--sweep", action="store_true", help="the best looped block for each task")
-    parser.add_argument("--block", type=int, default=2, help="--sweep: layers looped (default: 2, as train.py's)")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4], help="--sweep: extra visits (default: 1 2 4)")
+    parser.add_argument("--block", type=int, default=2, help="--sweep: layers looped (default: train.py's 2)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4],
+                        help="--sweep: extra visits (default: 1 2 4)")
     parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
-    parser.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of training examples")
+    parser.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--draws", type=int, default=3, help="--finetune: draws of the examples (default: 3)")
-    parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer, as GSM8K's, in place of tasks")
+    parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--tokens", type=int, default=128, help="--questions: longest answer (default: 128)")
     # where it goes
     parser.add_argument("--rows", metavar="FILE", help="append every measured value to this .jsonl file")
@@ -526,13 +537,14 @@ def main():
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--detail", action="store_true", help="a column for every wording of a task")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: best here)")
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
     if args.n < 2 or min(args.draws, args.tokens, args.block) < 1 or min([0] + (args.shots or [])) < 0 \
             or min([1] + (args.finetune or [])) < 1 or min(args.repeats) < 1:
-        parser.error("-n must be at least 2; --draws, --tokens, --block, --repeats, --finetune at least 1; --shots 0")
+        parser.error("-n must be at least 2; --draws, --tokens, --block, --repeats, --finetune at least 1; "
+                     "--shots 0")
     for loop in args.loop:
         if not re.fullmatch(r"\d+,\d+,\d+", loop):
             parser.error(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {loop}")
@@ -544,7 +556,8 @@ def main():
     for file in args.checkpoints:
         model, checkpoint = load_checkpoint(file, args.device)
         name, seed = label(file, checkpoint)
-        new = [{"model": name, "seed": seed, "run": file, **row} for row in measure(args, file, model, checkpoint)]
+        new = [{"model": name, "seed": seed, "run": file, **row}
+               for row in measure(args, file, model, checkpoint)]
         rows += new
         if args.rows:
             with open(args.rows, "a", encoding="utf-8") as f:

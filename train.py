@@ -1,18 +1,18 @@
 """
-The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning rate, and is
-cooled down at full depth on a mixture with math, as the models of the paper are.
+The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning
+rate, and is cooled down at full depth on a mixture with math, as the models of the paper are.
 
-    python train.py                                             # the built-in world, LIDAS growth: minutes on two cores
-    python train.py --method baseline                           # full depth from the first step
-    python train.py --method looped --loop 2-2x2-2              # trained with tied weights along a looped path
-    python train.py --resume                                    # goes on after a crash, to bitwise the same weights
-    python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop   # another cooldown, from one run
-    python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine        # text of your own
-    torchrun --nproc_per_node=2 train.py                        # more than one GPU
+    python train.py                                   # the built-in world, LIDAS growth: minutes on two cores
+    python train.py --method baseline                 # full depth from the first step
+    python train.py --method looped --loop 2-2x2-2    # trained with tied weights along a looped path
+    python train.py --resume                          # goes on after a crash, to bitwise the same weights
+    python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop  # a run's second cooldown
+    python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine       # text of your own
+    torchrun --nproc_per_node=2 train.py              # more than one GPU
 
     LR  ___________________________
-       /   |      |        |       |\\              |  a growth step: a block of layers is duplicated (grow.py)
-      / 2  |  4   |   6    |   8   | \\             numbers: layers
+       /   |      |        |       |\\          |  a growth step: a block of layers is duplicated (grow.py)
+      / 2  |  4   |   6    |   8   | \\         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
 import functools
@@ -35,14 +35,14 @@ from tqdm import tqdm
 import evaluate
 from grow import METHODS, check_optimizer, grow, grow_optimizer, growth_steps, training_flops
 from loop import parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss,
-                   run_script, save_atomically, save_checkpoint)
+from model import (GPT, GPTConfig, Parser, checkpoint_of, default_device, load_checkpoint, load_encoding,
+                   mean_loss, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached file of tokens
+# data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
 
 def texts_of(file):
-    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError naming the line that cannot be read."""
+    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError naming an unreadable line."""
     number = 0
     with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
         try:
@@ -55,18 +55,20 @@ def texts_of(file):
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{file}, line {number}: not a JSON object with a text, or a question and an answer")
+            raise ValueError(f"{file}, line {number}: not a JSON object with a text, "
+                             "or a question and an answer")
         except (EOFError, gzip.BadGzipFile):
             raise ValueError(f"{file} is not a whole gzip file")
 
 
 def tokens_of(file):
-    """A .bin file of token ids: raw uint16 (nanoGPT), or behind a header of 256 int32 (llm.c, modded-nanogpt)."""
+    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
     header = np.fromfile(file, dtype=np.int32, count=256)
     if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
-        tokens = np.memmap(file, dtype=np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
+        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
         if len(tokens) != header[2]:
-            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, it holds {len(tokens)}")
+            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, "
+                             f"it holds {len(tokens)}")
         return tokens
     if os.path.getsize(file) % 2:
         raise ValueError(f"{file} is no token file: uint16 tokens do not make {os.path.getsize(file)} bytes")
@@ -82,8 +84,8 @@ def encode(files, encoding, write):
             for start in range(0, len(tokens), 2 ** 24):
                 part = np.array(tokens[start:start + 2 ** 24])
                 if part.max() >= encoding.n_vocab:
-                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has {encoding.n_vocab}: "
-                                     "name the encoding it was made with by --encoding")
+                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has "
+                                     f"{encoding.n_vocab}: name the encoding it was made with by --encoding")
                 write(part.astype(dtype).tobytes())
         else:
             for text in tqdm(texts_of(file), desc=f"encoding {file}", unit=" documents", leave=False):
@@ -91,7 +93,7 @@ def encode(files, encoding, write):
 
 
 def cached_rows(args, encoding, key, produce):
-    """The rows (n, context + 1) of a token file beside --out, made by produce(write) where it does not exist yet."""
+    """The rows (n, context + 1) of a token file beside --out, made by produce(write) if there is none yet."""
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     file = os.path.join(os.path.dirname(os.path.abspath(args.out)), "data", f"{name}.bin")
     if not os.path.exists(file):
@@ -108,8 +110,8 @@ def file_stream(args, encoding, files):
     rows = cached_rows(args, encoding, (args.encoding, stats), lambda write: encode(files, encoding, write))
     n_heldout = min(64, -(-len(rows) // 20))
     if len(rows) - n_heldout < 1:
-        raise ValueError(f"{' '.join(files)}: too short for a context of {args.context} tokens, which needs at least "
-                         f"{2 * (args.context + 1)} of them; give more text or a smaller --context")
+        raise ValueError(f"{' '.join(files)}: too short for a context of {args.context} tokens, which needs "
+                         f"at least {2 * (args.context + 1)} of them; give more text or a smaller --context")
     return rows[:-n_heldout], rows[-n_heldout:]
 
 
@@ -129,10 +131,10 @@ def permutation(n, *seed):
 
 
 def batch_of(streams, args, step, rank=0, world_size=1):
-    """Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of (seed, step,
-    rank), so that a resumed run sees what an uninterrupted one would. All ranks together make the batch of one.
+    """Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of
+    (seed, step, rank), so that a resumed run sees the same rows. All ranks together make the batch of one.
 
-    Every epoch of a stream is a new permutation of its rows. In the cooldown a row is math with chance --math-share.
+    Each epoch of a stream permutes its rows anew. In the cooldown a row is math with chance --math-share.
     """
     chance = args.math_share if step >= constant_steps(args) else 0.0
     is_math = np.random.default_rng((args.seed, step)).random(args.batch) < chance
@@ -178,7 +180,7 @@ def flops_until(args, config, step):
 
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-              "4090": 165e12, "3090": 71e12, "T4": 65e12}       # dense bf16 (T4: fp16), from the vendor's data sheets
+              "4090": 165e12, "3090": 71e12, "T4": 65e12}       # dense bf16 (T4: fp16), by the data sheets
 
 
 def peak_flops(device):
@@ -197,7 +199,7 @@ def make_optimizer(model, args):
 
 
 def will_compile(args, say):
-    """Whether to compile the layers: on CUDA, and on the CPU where the run is long enough to win the time back."""
+    """Whether to compile the layers: on CUDA, and on the CPU where a long run wins the time back."""
     if args.compile != "auto":
         return args.compile == "on"
     if args.device.startswith("cuda"):
@@ -205,14 +207,15 @@ def will_compile(args, say):
     elif args.device == "cpu" and args.steps >= 500:
         missing = None if any(map(shutil.which, ("g++", "clang++", "cl"))) else "no C++ compiler is installed"
     else:
-        missing = "a short run would not win back the compile time" if args.device == "cpu" else "not used on MPS"
+        missing = ("a short run would not win back the compile time" if args.device == "cpu"
+                   else "not used on MPS")
     if missing:
         say(f"running eagerly: {missing}")
     return not missing
 
 
 def prepare(model, args, compiled, distributed):
-    """-> what training calls: compiled layer by layer, not whole, so that growth and paths reuse the code; in DDP."""
+    """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP."""
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -221,7 +224,7 @@ def prepare(model, args, compiled, distributed):
 
 
 def grow_by_one_block(model, optimizer, args):
-    """One stage of growth: the deeper model, and its optimizer with the moments copied along the same path."""
+    """One stage of growth: the deeper model, and its optimizer with moments copied along the same path."""
     path = METHODS[args.method](model.config.n_layer, args.block)
     grown = grow(model, path)
     new_optimizer = grow_optimizer(optimizer, make_optimizer(grown, args), model, grown, path)
@@ -237,7 +240,7 @@ SIZES = {   # fits the device: minutes on two CPU cores; on a GPU a larger model
     "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
 }
 MAY_DIFFER = {"resume", "out", "device", "compile"}         # from the run that is resumed
-MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run that --init names
+MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run of --init
 
 
 def read_args():
@@ -245,37 +248,39 @@ def read_args():
     # the model and how it gets its depth
     parser.add_argument("--method", default="lidas", choices=["baseline", *METHODS, "looped"],
                         help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
-    parser.add_argument("--layers", type=int, help="depth at the end (default: 8 = 4 stages of growth; CUDA: 16)")
-    parser.add_argument("--block", type=int, default=2, help="layers added per stage (default: 2; the papers: 4 of 24)")
-    parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: the middle "
-                                       "quarter twice, 2-2x2-2 for 8 layers)")
-    parser.add_argument("--alpha", type=float, default=1.0, help="PROP-alpha: later stages get more steps (default: 1)")
+    parser.add_argument("--layers", type=int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
+    parser.add_argument("--block", type=int, default=2, help="layers a stage (default: 2; papers: 4 of 24)")
+    parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: "
+                                       "the middle quarter twice, 2-2x2-2 for 8 layers)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="PROP-alpha: more steps later (default: 1)")
     parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
-    parser.add_argument("--heads", type=int, help="attention heads, at least 32 wide or nothing is copied (default: 2)")
-    parser.add_argument("--kv-heads", type=int, help="fewer than --heads: grouped-query attention (default: as many)")
-    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, holds 4 worked examples; CUDA: 512)")
+    parser.add_argument("--heads", type=int, help="heads, at least 32 wide or nothing is copied (default: 2)")
+    parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
+    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 4 examples; CUDA: 512)")
     # the schedule
     parser.add_argument("--steps", type=int, help="all of them (default: 2000, minutes on the device)")
     parser.add_argument("--batch", type=int, help="rows per step, over all GPUs (default: 16; CUDA: 64)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="higher ones never learn to copy (default: 0.001)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="higher never learns to copy (default: 0.001)")
     parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
-    parser.add_argument("--cooldown", type=float, default=0.2, help="last share of the steps (default: 0.2, SmolLM's)")
+    parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
     parser.add_argument("--weight-decay", type=float, default=0.01,
                         help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
-    parser.add_argument("--seed", type=int, default=0, help="of the init and the order of the rows (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the init and the order of rows (default: 0)")
     # the data
-    parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
-    parser.add_argument("--math", nargs="+", help="files with math for the cooldown (default: the built-in world's)")
-    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.5, so that the general "
-                                                         "text is not forgotten; 0 where there is no math)")
-    parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download (default: gpt2 for files)")
+    parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
+    parser.add_argument("--math", nargs="+", help="math for the cooldown (default: the built-in world's)")
+    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.5, so that the "
+                                                         "general text is not forgotten; 0 without math)")
+    parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download "
+                                           "(default: gpt2 for files)")
     # the run
     parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from the end of a run's constant phase")
-    parser.add_argument("--evals", type=int, default=20, help="evaluations, each a log line and a checkpoint (default: 20)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one here)")
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="the layers (default: where it pays)")
+    parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
+    parser.add_argument("--evals", type=int, default=20, help="log lines and checkpoints (default: 20)")
+    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: best here)")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
+                        help="the layers (default: where it pays)")
 
     args = parser.parse_args()
     checkpoint = None
@@ -285,19 +290,21 @@ def read_args():
         raise ValueError(f"nothing to resume: there is no {latest}")
     if not args.resume and os.path.exists(latest):
         raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    if args.resume or args.init:        # what is not given is as in that run; what is given must not contradict it
+    if args.resume or args.init:        # what is not given is as in that run; what is given must fit it
         model, checkpoint = load_checkpoint(latest if args.resume else args.init, args.device)
-        saved = {key: value for key, value in checkpoint.get("args", {}).items() if key not in ("out", "resume", "init")}
+        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in ("out", "resume", "init")}
         if not saved or "optimizer" not in checkpoint:
             raise ValueError(f"{latest if args.resume else args.init} was not written by train.py")
         parser.set_defaults(**{**saved, "device": args.device, "compile": args.compile})
         given = parser.parse_args()
-        changed = [k for k in saved if k not in (MAY_DIFFER if args.resume else MAY_BRANCH) and getattr(given, k) != saved[k]]
+        changed = [k for k in saved if k not in (MAY_DIFFER if args.resume else MAY_BRANCH)
+                   and getattr(given, k) != saved[k]]
         if changed:
-            raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run and cannot change")
+            raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run "
+                             "and cannot change")
         if args.init and not args.resume and checkpoint["step"] != constant_steps(given):
-            raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant phase, as "
-                             "a run's stable.pt is")
+            raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant "
+                             "phase, as a run's stable.pt is")
         given.out = args.out
         return given, model, checkpoint
     for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
@@ -316,16 +323,18 @@ def check(args):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} is a share, from 0 to 1, not {value}")
     if constant_steps(args) < 1 or not 0 <= args.weight_decay < math.inf or args.seed < 0:
-        raise ValueError("--steps less the cooldown must leave a step; --weight-decay and --seed must be 0 or more")
+        raise ValueError("--steps less the cooldown must leave a step; "
+                         "--weight-decay and --seed must be 0 or more")
     if args.loop and args.method != "looped":
-        raise ValueError("--loop trains along a path from the first step with --method looped, or in a cooldown of "
-                         "its own with --init")
+        raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
+                         "cooldown of its own with --init")
     if args.method == "looped":
         quarter = max(1, (args.layers or 0) // 4)
         args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"
         depth = len(parse_loop(args.loop)[1])
         if args.layers not in (None, depth):
-            raise ValueError(f"--loop {args.loop} is {depth} visits deep, which contradicts --layers {args.layers}")
+            raise ValueError(f"--loop {args.loop} is {depth} visits deep, "
+                             f"which contradicts --layers {args.layers}")
         args.layers = depth
     elif args.method in METHODS:
         METHODS[args.method](args.layers, args.block)       # the block must divide the layers
@@ -360,10 +369,10 @@ def open_streams(args, encoding):
 def build(args, encoding):
     n_layer, path = parse_loop(args.loop) if args.loop else (stages(args)[0][1], None)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
-                         n_embd=args.width, n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context,
-                         path=path, init_depth=args.layers,
-                         separator=encoding.eot_token)).to(args.device)
+    return GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=n_layer, n_head=args.heads,
+                         n_kv_head=args.kv_heads, n_embd=args.width,
+                         n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
+                         init_depth=args.layers, separator=encoding.eot_token)).to(args.device)
 
 # -----------------------------------------------------------------------------
 
@@ -399,27 +408,29 @@ def main():
         if args.loop and model.config.path is None:         # --init: from here on the middle block loops
             n_layer, path = parse_loop(args.loop)
             if n_layer != model.config.n_layer:
-                raise ValueError(f"--loop {args.loop} is of {n_layer} layers, the model has {model.config.n_layer}")
+                raise ValueError(f"--loop {args.loop} is of {n_layer} layers, "
+                                 f"the model has {model.config.n_layer}")
             model.config.path = path
     optimizer = make_optimizer(model, args)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
     compiled = will_compile(args, say)
     training = prepare(model, args, compiled, world_size > 1)
-    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.device.startswith("cuda"))
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, args.device.startswith("cuda"))
     peak, plain = peak_flops(args.device), args.batch * args.context * args.steps
-    plain = training_flops(model.config, plain, path=range(stages(args)[-1][1]))    # the baseline of the final depth
+    plain = training_flops(model.config, plain, path=range(stages(args)[-1][1]))    # of the final depth
     total = flops_until(args, model.config, args.steps)
     say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in stages(args)[:-1])}"
-        f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context} tokens on "
-        f"{args.device}, {total:.2e} FLOPs = {total / plain:.0%} of a plain model's of depth {stages(args)[-1][1]}")
+        f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context}"
+        f" tokens on {args.device}, {total:.2e} FLOPs = {total / plain:.0%} of a plain model's "
+        f"of depth {stages(args)[-1][1]}")
 
     def save(name, step):
         flops = flops_until(args, model.config, step)
         save_checkpoint(os.path.join(args.out, name), checkpoint_of(
             model, encoding=spec if isinstance(spec, list) or spec != "world" else evaluate.world_words(),
-            heldout=heldout, args=vars(args), step=step, log=log, growth=growth, optimizer=optimizer.state_dict(),
-            flops=flops))
+            heldout=heldout, args=vars(args), step=step, log=log, growth=growth,
+            optimizer=optimizer.state_dict(), flops=flops))
         save_atomically(os.path.join(args.out, "log.jsonl"),
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
 
@@ -431,8 +442,9 @@ def main():
         flops = flops_until(args, model.config, step)
         rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
         row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
-               "lr": learning_rate(args, step), "depth": len(model.config.full_path), "flops": flops,
-               "flops_share": flops / plain, "tokens_per_second": n_steps * args.batch * args.context / seconds}
+               "lr": learning_rate(args, step), "depth": len(model.config.full_path),
+               "flops": flops, "flops_share": flops / plain,
+               "tokens_per_second": n_steps * args.batch * args.context / seconds}
         if peak:
             row["mfu"] = rate / peak / world_size
         log.append(row)
@@ -440,7 +452,8 @@ def main():
         say(f"step {step:>6}/{args.steps} {step / args.steps:>4.0%}  loss {loss:.4f}  held-out " +
             "  ".join(f"{name} {value:.4f}" for name, value in losses.items()) +
             f"  lr {row['lr']:.1e}  depth {row['depth']}  {row['tokens_per_second'] / 1e3:.1f}k tok/s" +
-            (f"  MFU {row['mfu']:.0%}" if peak else "") + f"  FLOPs {flops:.2e} ({flops / plain:.0%})  ETA {eta}")
+            (f"  MFU {row['mfu']:.0%}" if peak else "") +
+            f"  FLOPs {flops:.2e} ({flops / plain:.0%})  ETA {eta}")
 
     # ---- training
     constant = constant_steps(args)
@@ -459,7 +472,8 @@ def main():
     if rank == 0 and not args.resume:
         save("ckpt.pt", start)          # an unwritable --out is noticed now
     loss_sum, since, clock = 0.0, start, time.time()
-    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0, unit="step"):
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
+                     unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         tokens, targets = batch_of(streams, args, step, rank, world_size)
@@ -483,8 +497,8 @@ def main():
             after = mean_loss(model, heldout["general"])
             growth = growth + [{"step": done, "path": path}]
             log.append({"step": done, "growth": path, "loss before": before, "loss after": after})
-            say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out general loss "
-                f"{before:.4f} before, {after:.4f} after")
+            say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out "
+                f"general loss {before:.4f} before, {after:.4f} after")
         if rank == 0 and (done in reporting or signals):
             report(done, float(loss_sum) / (done - since), time.time() - clock, done - since)
             save("ckpt.pt", done)
@@ -520,7 +534,8 @@ def finish(model, args, encoding):
     middle = (model.config.n_layer - args.block) // 2
     print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
           f"  python signatures.py {file}\n  python train.py --init {os.path.join(args.out, 'stable.pt')} "
-          f"--loop {middle}-{args.block}x2-{model.config.n_layer - middle - args.block} --out {args.out}-loop")
+          f"--loop {middle}-{args.block}x2-{model.config.n_layer - middle - args.block} "
+          f"--out {args.out}-loop")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""The README's snippets do what it says, on a list of layers that is not ours."""
+import os
+import re
+
+import torch
+import torch.nn as nn
+from conftest import ROOT
+
+
+class Other(nn.Module):
+    """Someone else's model."""
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_snippets_grow_and_loop():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        grow, loop = re.findall(r"```python\n(.*?)```", f.read(), re.S)
+    torch.manual_seed(0)
+    x, grown, looped, plain = torch.randn(3, 8), Other(), Other(), Other()
+    grown.load_state_dict(plain.state_dict())
+    looped.load_state_dict(plain.state_dict())
+    exec(grow, {"model": grown})
+    exec(loop.replace("start=2, block=2", "start=1, block=4"), {"model": looped})
+    assert len(grown.layers) == len(looped.layers) == 10
+    assert torch.equal(grown(x), looped(x)) and not torch.equal(grown(x), plain(x))
+    assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert sum(p.numel() for p in grown.parameters()) == sum(p.numel() for p in plain.parameters()) * 10 // 6
