@@ -293,19 +293,22 @@ def world_rows(encoding, context, n, stream, heldout, seed):
 
 def prompt_with_shots(task, rng, shots):
     """-> prompt, answer: worked examples, never held out, empty lines between, and a held-out question."""
-    before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     prompt, answer = example(task, rng)
+    rng = random.Random(rng.random())       # of its own: the questions are the same at every number of shots
+    before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + prompt, answer
 
 
 def encode_examples(task, encoding, context, n, shots=5, seed=0):
     """n examples of a task -> [(prompt tokens, answer tokens), ...], shots: as many as the longest fits."""
     while shots >= 0:
-        rng = random.Random(f"{seed} {task}")       # other questions at every number of shots
-        examples = [prompt_with_shots(task, rng, shots) for _ in range(n)]
-        examples = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a))
-                    for p, a in examples]
-        if max(len(p) + len(a) for p, a in examples) <= context:
+        rng, examples = random.Random(f"{seed} {task}"), []
+        for _ in range(n):
+            prompt, answer = map(encoding.encode_ordinary, prompt_with_shots(task, rng, shots))
+            examples.append(([encoding.eot_token] + prompt, answer))
+            if 1 + len(prompt) + len(answer) > context:
+                break
+        else:
             return examples, shots
         shots -= 1
     raise ValueError(f"a question of {task} is longer than the context of {context}")

@@ -258,8 +258,8 @@ def mean_loss(model, rows, path=None, batch=16):
 # -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
 
-# an assigned variable with its equals sign, words and numbers below 100 with the space before them, the question
-# formats' marks, single other characters
+# an assigned variable with its equals sign, words and numbers below 100 with the space before them, the
+# question formats' marks, single other characters
 PIECES = r"""(?<![A-Za-z])[a-z] ?=|->|___|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
 
 

@@ -258,8 +258,9 @@ def read_args():
     parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
     parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 4 examples; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=int, help="all of them (default: 2000, minutes on the device)")
-    parser.add_argument("--batch", type=int, help="rows per step, over all GPUs (default: 16; CUDA: 64)")
+    parser.add_argument("--steps", type=int, help="all of them (default: 6000, minutes; CUDA: 2000)")
+    parser.add_argument("--batch", type=int, help="rows a step, over all GPUs (default: 4: many small steps "
+                                                  "learn sooner than few large ones; CUDA: 64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="higher never learns to copy (default: 0.001)")
     parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
@@ -306,10 +307,14 @@ def read_args():
             raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant "
                              "phase, as a run's stable.pt is")
         given.out = args.out
+        check(given)
         return given, model, checkpoint
     for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
         if getattr(args, key) is None and not (key == "layers" and args.loop):
             setattr(args, key, value)
+    if args.loop and args.method != "looped":
+        raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
+                         "cooldown of its own with --init")
     check(args)
     return args, None, None
 
@@ -325,9 +330,6 @@ def check(args):
     if constant_steps(args) < 1 or not 0 <= args.weight_decay < math.inf or args.seed < 0:
         raise ValueError("--steps less the cooldown must leave a step; "
                          "--weight-decay and --seed must be 0 or more")
-    if args.loop and args.method != "looped":
-        raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
-                         "cooldown of its own with --init")
     if args.method == "looped":
         quarter = max(1, (args.layers or 0) // 4)
         args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"

@@ -148,6 +148,12 @@ def test_shots_are_not_the_question_and_never_held_out():
             assert len(shots) == 3 and all(question not in shot for shot in shots)
 
 
+def test_questions_are_the_same_at_every_number_of_shots():
+    prompts = [[E.prompt_with_shots("assign-0", rng, shots)[0] for _ in range(5)]
+               for shots in (0, 2) for rng in [random.Random(3)]]
+    assert all(more.endswith(none) and len(more) > len(none) for none, more in zip(*prompts))
+
+
 def test_as_many_shots_as_fit(encoding):
     examples, shots = E.encode_examples("assign-0", encoding, 100, 20, shots=5)
     assert 0 < shots < 5 and max(len(p) + len(a) for p, a in examples) <= 100
