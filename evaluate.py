@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from loop import loop_path
-from model import PIECES, Parser, default_device, load_checkpoint, load_encoding, mean_loss, run_script
+from model import PIECES, Parser, load_checkpoint, load_encoding, mean_loss, run_script
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -540,7 +540,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--detail", action="store_true", help="a column for every wording of a task")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: best here)")
+    parser.add_device()
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")

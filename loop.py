@@ -12,7 +12,7 @@ import re
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, default_device, load_checkpoint, load_encoding, mean_loss,
+from model import (Parser, checkpoint_of, load_checkpoint, load_encoding, mean_loss,
                    run_script, save_checkpoint)
 
 
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="0 is greedy, so that runs compare (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one)")
+    parser.add_device()
     args = parser.parse_args()
     if args.temperature < 0 or args.tokens < 1:
         parser.error("--temperature must be 0 or more, --tokens 1 or more")

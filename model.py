@@ -334,11 +334,22 @@ def default_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def available_device(text):
+    try:
+        return str(torch.zeros(1, device=text).device)
+    except (RuntimeError, AssertionError):      # torch's ways to say that there is none
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: cuda, mps or cpu")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows every default, and says what is wrong in one line."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_device(self):
+        self.add_argument("--device", type=available_device, default=default_device(),
+                          help="cuda, mps or cpu (default: the best one here)")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

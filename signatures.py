@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from evaluate import label
 from loop import loop_path
-from model import Parser, check_path, default_device, load_checkpoint, mean_loss, run_script, save_atomically
+from model import Parser, check_path, load_checkpoint, mean_loss, run_script, save_atomically
 
 # -----------------------------------------------------------------------------
 # running visit by visit
@@ -311,7 +311,7 @@ def main():
     parser.add_argument("--quiet", action="store_true", help="only the numbers, no curves")
     parser.add_argument("--out", default="signatures.json", help="file for curves (default: signatures.json)")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the best one)")
+    parser.add_device()
     args = parser.parse_args()
     if args.rows < 1 or args.block < 1:
         parser.error("--rows and --block must be at least 1")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import evaluate
 from grow import METHODS, check_optimizer, grow, grow_optimizer, growth_steps, training_flops
 from loop import parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, default_device, load_checkpoint, load_encoding,
+from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, load_encoding,
                    mean_loss, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def read_args():
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
     parser.add_argument("--evals", type=int, default=20, help="log lines and checkpoints (default: 20)")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: best here)")
+    parser.add_device()
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
                         help="the layers (default: where it pays)")
 
