@@ -107,7 +107,8 @@ def cached_rows(args, encoding, key, produce):
 def file_stream(args, encoding, files):
     """-> training rows, held-out rows (the last 64, or the last twentieth of a small file)."""
     stats = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
-    rows = cached_rows(args, encoding, (args.encoding, stats), lambda write: encode(files, encoding, write))
+    key = (stats, args.encoding, encoding.encode_ordinary(evaluate.__doc__))    # world's words can change
+    rows = cached_rows(args, encoding, key, lambda write: encode(files, encoding, write))
     n_heldout = min(64, -(-len(rows) // 20))
     if len(rows) - n_heldout < 1:
         raise ValueError(f"{' '.join(files)}: too short for a context of {args.context} tokens, which needs "
@@ -118,10 +119,10 @@ def file_stream(args, encoding, files):
 def world_stream(args, encoding, stream, n):
     """-> n training rows, 64 held-out rows of the built-in world."""
     def rows(n, heldout):
-        with open(evaluate.__file__, "rb") as source:       # another world, another cache
-            key = (stream, n, heldout, args.context, hashlib.sha256(source.read()).hexdigest())
-        return cached_rows(args, encoding, key, lambda write: write(
-            evaluate.world_rows(encoding, args.context, n, stream, heldout, seed=0).tobytes()))
+        def write(n):
+            return evaluate.world_rows(encoding, args.context, n, stream, heldout, seed=0).tobytes()
+        # the first rows in the key: another world or another encoding is another file
+        return cached_rows(args, encoding, (stream, n, heldout, write(8)), lambda f: f(write(n)))
     return rows(n, False), rows(64, True)
 
 

@@ -22,7 +22,9 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
             "--lr", "--warmup", "--cooldown", "--weight-decay", "--seed", "--math-share", "--evals")},
         "--steps": ["-1", "0", "3", "5", "x"], "--loop": ["2-2x2-2", "1x2", "2x", "0x1", ""],
         "--method": ["lidas", "baseline", "looped", "stack", "none"],
-        "--data": ["none.txt", ".", "{checkpoint}"], "--math": ["none.txt"], "--init": ["none.pt", "{checkpoint}"], "--encoding": ["world", "none"],
+        "--data": ["none.txt", ".", "{checkpoint}"], "--math": ["none.txt"],
+        "--init": ["none.pt", "{checkpoint}"],
+        "--encoding": ["world", "none"],
         "--device": ["cpu", "gpu", "cuda:99"], "--compile": ["off", "maybe"]},
     grow: {
         "--method": ["midas", "lidas", "up"], "--block": NUMBERS,
@@ -39,7 +41,8 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--questions": ["none.jsonl", "{checkpoint}"], "--table": ["none.jsonl"], "--seed": ["0", "-1", "x"]},
     signatures: {
         "--rows": ["0", "1", "x"], "--stream": ["general", "math", "prose"], "--block": NUMBERS,
-        "--loop": PLACES, "--reduce": ["max", "mean", "sum"], "--out": ["{folder}/s.json", "{checkpoint}/s.json"]},
+        "--loop": PLACES, "--reduce": ["max", "mean", "sum"],
+        "--out": ["{folder}/s.json", "{checkpoint}/s.json"]},
 }
 
 

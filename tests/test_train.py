@@ -252,6 +252,16 @@ def test_held_out_rows_of_files_are_the_last_ones_and_not_trained_on(files, tmp_
     assert len(heldout) == -(-(len(rows) + len(heldout)) // 20)
 
 
+def test_another_encoding_is_not_served_from_the_cache(files, tmp_path):
+    """Token files that outlive a change of the encoding train on noise, with a loss that looks fine."""
+    folder, encoding, _ = files
+    args = Namespace(out=str(tmp_path / "run"), context=48, encoding="world")
+    other = load_encoding(evaluate.world_words()[::-1])
+    for produce in (lambda e: train.world_stream(args, e, "math", 4)[0],
+                    lambda e: train.file_stream(args, e, [str(folder / "a.jsonl")])[0]):
+        assert encoding.decode(produce(encoding)[0]) == other.decode(produce(other)[0])
+
+
 def test_training_on_files(files, tmp_path, monkeypatch):
     folder, encoding, _ = files
     command = [*TINY_RUN, "--encoding", "world", "--data", folder / "a.jsonl", folder / "raw.bin", "--math",
