@@ -1,0 +1,100 @@
+"""
+Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
+
+    python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 3 minutes on two cores
+    python tests/bench.py --shape gpt2      # GPT-2 small's shape: for a GPU; very long on a CPU
+"""
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from grow import training_flops  # noqa: E402
+from loop import loop_path  # noqa: E402
+from model import GPT, GPTConfig, default_device  # noqa: E402
+from signatures import all_signatures  # noqa: E402
+from train import peak_flops  # noqa: E402
+
+SHAPES = {      # of the model, rows in a batch
+    "small": (dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344,
+                   context=128), 16),
+    "gpt2": (dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048,
+                  context=1024), 16),
+}
+
+
+def seconds(function, device, repeats):
+    """Median time of a call, after two that warm up."""
+    times = []
+    for i in range(repeats + 2):
+        begun = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return sorted(times[2:])[repeats // 2]
+
+
+def training_step(config, batch, device, compiled, fused):
+    torch.manual_seed(0)
+    model = GPT(config).to(device).train()
+    for layer in model.layers:
+        if compiled == "layer":
+            layer.compile(dynamic=False)
+    run = torch.compile(model) if compiled == "model" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    tokens = torch.randint(config.vocab_size, (batch, config.context), device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = run(tokens, tokens)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls, of which the median is shown")
+    parser.add_argument("--device", default=default_device())
+    args = parser.parse_args()
+    shape, batch = SHAPES[args.shape]
+    config, device = GPTConfig(**shape), args.device
+    print(f"{args.shape} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"batch {batch}")
+
+    print(f"\n{'training step':<34}{'tokens/s':>12}{'MFU':>8}")
+    peak = peak_flops(device)
+    for name, compiled, fused in (
+            ("eager, AdamW not fused (nanoGPT's)", None, False), ("eager", None, True),
+            ("layers compiled (train.py's)", "layer", True), ("model compiled", "model", True)):
+        torch._dynamo.reset()
+        step = training_step(config, batch, device, compiled, fused)
+        rate = batch * config.context / seconds(step, device, args.repeats)
+        mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
+        print(f"{name:<34}{rate:>12,.0f}{mfu:>8}", flush=True)
+
+    config = GPTConfig(**{**shape, "context": max(512, config.context)})
+    model = GPT(config).to(device).eval()
+    looped = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1)
+    print(f"\n{'generation to 512 tokens':<34}{'tokens/s':>12}")
+    for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
+                              ("looped, cached", looped, True), ("looped, not cached", looped, False)):
+        prompt = torch.zeros(1, 16, dtype=torch.long, device=device)
+        time_taken = seconds(lambda: model.generate(prompt, 496, path, use_cache=cache), device, 1)
+        print(f"{name:<34}{496 / time_taken:>12,.0f}", flush=True)
+
+    rows = torch.randint(config.vocab_size, (8, 129))
+    time_taken = seconds(lambda: all_signatures(model, rows, 2), device, 1)
+    print(f"\nall signatures, 8 rows of 128 tokens: {time_taken:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

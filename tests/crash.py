@@ -1,0 +1,71 @@
+"""
+Kills a run at random instants, with kill -9, and checks that it always resumes and ends with the weights of a
+run that was left alone, bit for bit. The run writes a checkpoint at every second step and grows twice, so that
+kills also fall into writing and growing. By hand, not in CI:
+
+    python tests/crash.py                # 20 kills: about 3 minutes
+    python tests/crash.py --kills 100 --seed 1
+"""
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUN = ["--layers", "6", "--width", "32", "--heads", "1", "--context", "48", "--batch", "4", "--steps", "400",
+       "--evals", "200", "--device", "cpu", "--compile", "off"]
+
+
+def start(*arguments):
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        reference, out = os.path.join(folder, "reference"), os.path.join(folder, "killed")
+        begun = time.time()
+        if start(*RUN, "--out", reference).wait():
+            sys.exit("the run itself fails: python train.py " + " ".join(RUN))
+        whole = time.time() - begun
+        kills, steps, finished = 0, [], 0
+        while kills < args.kills or not finished:
+            resume = os.path.exists(os.path.join(out, "ckpt.pt"))
+            process = start("--out", out, "--resume") if resume else start(*RUN, "--out", out)
+            try:    # an eighth of a run beyond the start of Python: several kills a run
+                code = process.wait(rng.uniform(0, whole / 3) + whole / 6 if kills < args.kills else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                if os.path.exists(os.path.join(out, "ckpt.pt")):
+                    steps.append(torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)["step"])
+                continue
+            if code:
+                sys.exit(f"it did not resume after {kills} kills: exit code {code}")
+            one, two = (torch.load(os.path.join(run, "ckpt.pt"), weights_only=True)
+                        for run in (reference, out))
+            if not all(torch.equal(w, two["model"][name]) for name, w in one["model"].items()):
+                sys.exit(f"other weights after {kills} kills")
+            finished += 1
+            if kills < args.kills:      # and once more from the start
+                for name in os.listdir(out):
+                    os.remove(os.path.join(out, name))
+    print(f"{kills} kills, at steps {sorted(steps)}: {finished} runs ended with bitwise the same weights")
+
+
+if __name__ == "__main__":
+    main()
