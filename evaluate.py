@@ -243,8 +243,9 @@ FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open
 
 # The two streams: weights of the documents. The cooldown adds the math stream: worked problems, all wordings.
 STREAMS = {
-    "general": {"story": 1, "portrait": 2, "closed-book": 2, "open-book": 1, "list-real": 6, "list-random": 3,
-                "copy-real": 2, "copy-random": 2, "known": 12, "assign-0": 5, "assign-1": 3, "word-problem": 1},
+    "general": {"story": 1, "portrait": 3, "closed-book": 2, "open-book": 1, "list-real": 8,
+                "list-random": 4, "copy-real": 2, "copy-random": 2, "known": 5, "assign-0": 4, "assign-1": 2,
+                "word-problem": 1},
     "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2,
              "assign-2": 2, "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2,
              "open-book": 1},
