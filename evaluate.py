@@ -105,15 +105,19 @@ def assignment(rng, depth=0, wording="basic"):
 
 
 def repeated(rng, words):
-    """List: cup ring map\nAgain:| cup ring map     (training text only: how the world teaches to copy)"""
-    words = rng.sample(words, rng.randint(3, 12))
-    return "List: " + " ".join(words) + "\n", [("Again:", " " + " ".join(words))]
+    """List: cup ring map key\nAgain:| ring map key     (training text only: how the world teaches to copy)"""
+    words, pieces = rng.sample(words, rng.randint(4, 12)), []
+    for _ in range(4):
+        start = rng.randrange(len(words) - 2)
+        pieces.append(("Again:", " " + " ".join(words[start:start + rng.randint(3, 8)])))
+    return "List: " + " ".join(words) + "\n", pieces
 
 
 def known(rng):
     """o=14\ns=4\ns=|4\no=|14     (training text only: assignments said again, in any order)"""
-    values = dict(zip(rng.sample(string.ascii_lowercase, 5), rng.sample(range(1, 26), 5)))
-    again = [(f"{name}=", f"{values[name]}") for _ in range(2) for name in rng.sample(list(values), 5)]
+    n = rng.randint(2, 6)
+    values = dict(zip(rng.sample(string.ascii_lowercase, n), rng.sample(range(1, 26), n)))
+    again = [(f"{name}=", f"{values[name]}") for _ in range(3) for name in rng.sample(list(values), n)]
     return "".join(f"{name}={value}\n" for name, value in values.items()), again
 
 
@@ -241,14 +245,14 @@ TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmeti
         "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
-# The two streams: weights of the documents. The cooldown adds the math stream: worked problems, all wordings.
+# The two streams: weights of the documents. Half of the general one is repeats, in which most tokens can be
+# worked out: below about that share, looking things up was never learned. The cooldown adds the math stream.
 STREAMS = {
-    "general": {"story": 1, "portrait": 3, "closed-book": 2, "open-book": 1, "list-real": 8,
-                "list-random": 4, "copy-real": 2, "copy-random": 2, "known": 5, "assign-0": 4, "assign-1": 2,
-                "word-problem": 1},
-    "math": {**{task: 1 for task in TASKS if task.startswith("assign")}, "assign-0": 2, "assign-1": 2,
-             "assign-2": 2, "preschool": 2, "preschool-calc": 2, "word-problem": 4, "arithmetic": 2,
-             "open-book": 1},
+    "general": {"story": 1, "portrait": 3, "closed-book": 3, "open-book": 3, "list-real": 6,
+                "list-random": 6, "copy-real": 4, "copy-random": 4, "known": 24, "assign-0": 10,
+                "assign-0-math": 2, "assign-0-code": 2, "assign-1": 3, "word-problem": 1},
+    "math": {**{task: 2 for task in TASKS if task.startswith("assign")}, "assign-1": 4, "assign-2": 4,
+             "preschool": 3, "preschool-calc": 3, "word-problem": 4, "arithmetic": 2, "open-book": 1},
 }
 
 

@@ -152,6 +152,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
+        # Rotary attention without biases can look one position back, whatever stands there, only along a
+        # direction that all embeddings share. Given one from the start, repeats are learned several times
+        # sooner; tied logits do not notice it, since it adds the same to each of them.
+        self.embed.weight.data += 2 * std * torch.randn(config.n_embd)
         head_width = config.n_embd // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, head_width, 2).float() / head_width)
         angle = torch.outer(torch.arange(config.context).float(), frequency)   # (context, head width / 2)
@@ -258,9 +262,9 @@ def mean_loss(model, rows, path=None, batch=16):
 # -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
 
-# an assigned variable with its equals sign, words and numbers below 100 with the space before them, the
-# question formats' marks, single other characters
-PIECES = r"""(?<![A-Za-z])[a-z] ?=|->|___|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
+# an assigned variable with its equals sign, the blank to fill in, words and numbers below 100 with the space
+# before them, single other characters
+PIECES = r"""(?<![A-Za-z])[a-z] ?=| ?___\.? ->|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
 
 
 def load_encoding(spec):
