@@ -418,7 +418,7 @@ def measure(args, run, model, checkpoint):
         rows.append({"table": table, "suffix": suffix, "column": column, "value": value, **more})
 
     if args.questions:
-        right = answer_file(model, encoding, args.questions, args.n, args.tokens)
+        right = answer_file(model, encoding, args.questions, args.n, args.length)
         add("questions", os.path.basename(args.questions), sum(right) / len(right), n=len(right))
     elif args.shots:
         for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False):
@@ -466,50 +466,46 @@ def sweep(args, run, model, encoding, add):
                 chance=TASKS[task][2], start_repeats=key, chosen_at=sum(chosen) / len(chosen))
 
 
+def append_rows(file, rows):
+    with open(file, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def print_tables(rows, detail=False):
     """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
     seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, seeds, chances = {}, {}, {}      # a cell: {seed: [rows]}, of all wordings unless --detail
+        cells, chances = {}, {}                 # a cell: {seed: [rows]}, of all wordings unless --detail
         for row in (row for row in rows if row["table"] == table):
             model = row["model"] + row.get("suffix", "")
             column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
-            cells.setdefault((model, column), {}).setdefault(row["seed"], []).append(row)
-            seeds.setdefault(model, set()).add(row["seed"])
+            cells.setdefault(model, {}).setdefault(column, {}).setdefault(row["seed"], []).append(row)
             chances.setdefault(column, []).append(row.get("chance"))
-        reference = [row["value"] for row in rows if row["model"] == "baseline" and row["column"] == "flops"]
-        width = max(map(len, seeds)) + 2
-        print(f"\n{table}\n{'':{width}}seeds" + "".join(f"{column:>14}" for column in chances))
-        for model in seeds:
-            line = f"{model:{width}}{len(seeds[model]):>5}"
-            for column in chances:
-                by_seed = list(cells.get((model, column), {}).values())
-                line += f"{cell(column, by_seed, max(reference, default=0)):>14}"
-            print(line)
+        flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
+        reference = max(flops, default=0)
+        left, right = max(map(len, cells)) + 2, max(13, *map(len, chances)) + 2
+        print(f"\n{table}\n{'':{left}}seeds" + "".join(f"{column:>{right}}" for column in chances))
+        for model, columns in cells.items():
+            n_seeds = len(set().union(*columns.values()))
+            print(f"{model:{left}}{n_seeds:>5}" + "".join(
+                f"{cell(column, columns.get(column, {}), reference):>{right}}" for column in chances))
         if any(chance is not None for column in chances.values() for chance in column):
-            print(f"{'chance':{width + 5}}" + "".join(
-                f"{'' if None in c else f'{100 * statistics.mean(c):.0f}':>14}" for c in chances.values()))
+            print(f"{'chance':{left + 5}}" + "".join(
+                f"{'' if None in c else round(100 * statistics.mean(c)):>{right}}" for c in chances.values()))
 
 
 def cell(column, by_seed, reference):
-    """A cell's text. by_seed: the rows of each seed; reference: training FLOPs of the baseline, or 0."""
+    """A cell's text. by_seed: {seed: rows}; reference: training FLOPs of the baseline, or 0."""
     if not by_seed:
         return "-"
-    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed]
-    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in by_seed[0])
-    if column == "depth":
-        return f"{mean:.0f}"
-    if column == "params":
-        return f"{mean / 1e6:.2f}M"
-    if column == "flops":
-        return f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
-    if len(values) > 1:
-        spread = statistics.stdev(values)
-    else:
-        spread = (mean * (1 - mean) / n) ** 0.5 if n else None
-    if column.startswith("loss"):
-        return f"{mean:.3f}" + ("" if spread is None else f"±{spread:.3f}")
-    return f"{100 * mean:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed.values()]
+    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in next(iter(by_seed.values())))
+    if column in ("depth", "params", "flops"):
+        share = f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
+        return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
+    spread = statistics.stdev(values) if len(values) > 1 else (mean * (1 - mean) / n) ** 0.5 if n else None
+    scale, digits = (100, 1) if n else (1, 3)           # what is counted in n examples is a percentage
+    return f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
 
 # -----------------------------------------------------------------------------
 
@@ -536,9 +532,9 @@ def main():
     parser.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--draws", type=int, default=3, help="--finetune: draws of the examples (default: 3)")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
-    parser.add_argument("--tokens", type=int, default=128, help="--questions: longest answer (default: 128)")
+    parser.add_argument("--length", type=int, default=128, help="--questions: longest answer (default: 128)")
     # where it goes
-    parser.add_argument("--rows", metavar="FILE", help="append every measured value to this .jsonl file")
+    parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
@@ -548,9 +544,9 @@ def main():
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
-    if args.n < 2 or min(args.draws, args.tokens, args.block) < 1 or min([0] + (args.shots or [])) < 0 \
+    if args.n < 2 or min(args.draws, args.length, args.block) < 1 or min([0] + (args.shots or [])) < 0 \
             or min([1] + (args.finetune or [])) < 1 or min(args.repeats) < 1:
-        parser.error("-n must be at least 2; --draws, --tokens, --block, --repeats, --finetune at least 1; "
+        parser.error("-n must be at least 2; --draws, --length, --block, --repeats, --finetune at least 1; "
                      "--shots 0")
     for loop in args.loop:
         if not re.fullmatch(r"\d+,\d+,\d+", loop):
@@ -566,9 +562,8 @@ def main():
         new = [{"model": name, "seed": seed, "run": file, **row}
                for row in measure(args, file, model, checkpoint)]
         rows += new
-        if args.rows:
-            with open(args.rows, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(row) + "\n" for row in new)
+        if args.results:
+            append_rows(args.results, new)
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:

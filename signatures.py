@@ -12,12 +12,11 @@ update. Interventions are paths, or masks of the positions at which a visit is k
 """
 import json
 import statistics
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
-from evaluate import label
+from evaluate import append_rows, label, print_tables
 from loop import loop_path
 from model import Parser, check_path, load_checkpoint, mean_loss, run_script, save_atomically
 
@@ -223,46 +222,35 @@ def bars(path, result, names):
         print(line.rstrip())
 
 
-def spread(values):
-    return f"{statistics.mean(values):.2f}" + (f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def numbers(models, block):
+    """The claims as numbers -> rows as evaluate.py's, which prints them with their spread over the seeds."""
+    rows = []
 
+    def add(table, column, value, of):
+        for model in of:
+            rows.append({"table": table, "model": model["name"], "seed": model["seed"], "run": model["file"],
+                         "column": column, "value": value(model["curves"])})
 
-def print_numbers(models, block):
-    """The claims as numbers: a line per method, mean +- standard deviation over its seeds."""
-    names = list(dict.fromkeys(model["name"] for model in models))
-    width = max(map(len, names)) + 2
-
-    def table(title, columns, value):
-        print(f"\n{title}\n{'':<{width}}seeds" + "".join(f"{column:>18}" for column in columns))
-        for name in names:
-            group = [model["curves"] for model in models if model["name"] == name]
-            cells = [[value(curves, column) for curves in group] for column in columns]
-            print(f"{name:<{width}}{len(group):>5}" + "".join(f"{spread(cell):>18}" for cell in cells))
-
-    curves = ["update", "skip_later", "skip_output", "future_later", "future_output"]
-    table("depth score of each curve, 0.5 for a flat one", curves, lambda c, column: depth_score(c[column]))
-    table("share of the later half of the visits, 0.5 for a flat one", curves,
-          lambda c, column: late_half_share(c[column]))
-    lags = range(1, min(len(model["curves"]["update"]) for model in models) // 2 + 1)
+    for column in ("update", "skip_later", "skip_output", "future_later", "future_output"):
+        add("depth score, 0.5 for a flat curve", column, lambda c: depth_score(c[column]), models)
+    for column in ("update", "skip_later", "skip_output", "future_later", "future_output"):
+        add("share of the later half, 0.5 for a flat curve", column, lambda c: late_half_share(c[column]),
+            models)
     for curve in ("attention", "mlp", "cos_attention", "skip_output"):
-        table(f"periodicity of {curve}: autocorrelation by lag (* the block)",
-              [f"lag {lag}{' *' if lag == block else ''}" for lag in lags],
-              lambda c, column: periodicity(c[curve])[int(column.split()[1]) - 1].item())
-    table("change of the loss, mean over places",
-          [name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))],
-          lambda c, column: c[column].mean().item())
-
-    print("\nconvergence: correlation of two models' curves, mean over " + ", ".join(COMPARED) +
-          "; of a method with itself: between seeds")
-    print(" " * width + "".join(f"{name:>18}" for name in names))
-    cells = {}
-    for one, other in combinations(models, 2):
-        value = statistics.mean(convergence(one["curves"][c], other["curves"][c]) for c in COMPARED)
-        for key in {(one["name"], other["name"]), (other["name"], one["name"])}:
-            cells.setdefault(key, []).append(value)
-    for name in names:
-        print(f"{name:<{width}}" + "".join(
-            f"{spread(cells[name, other]) if (name, other) in cells else '-':>18}" for other in names))
+        for lag in range(1, min(len(model["path"]) for model in models) // 2 + 1):
+            add(f"periodicity of {curve}: autocorrelation by lag (* the block)",
+                f"lag {lag}{' *' if lag == block else ''}",
+                lambda c: periodicity(c[curve])[lag - 1].item(), models)
+    for column in (name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))):
+        add("change of the loss, mean over places", column, lambda c: c[column].mean().item(), models)
+    for model in models:
+        for other in models:
+            # two methods are compared within a seed; a method with itself between seeds: the most to expect
+            if (other["seed"] == model["seed"]) != (other["name"] == model["name"]):
+                add("convergence: correlation of two models' curves, mean over " + ", ".join(COMPARED),
+                    other["name"], lambda c: statistics.mean(
+                        convergence(c[name], other["curves"][name]) for name in COMPARED), [model])
+    return rows
 
 
 def plot(file, models):
@@ -310,6 +298,8 @@ def main():
                         help="skip effects over positions (default: max, as arXiv 2505.13898)")
     parser.add_argument("--quiet", action="store_true", help="only the numbers, no curves")
     parser.add_argument("--out", default="signatures.json", help="file for curves (default: signatures.json)")
+    parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl file, as "
+                                                          "evaluate.py does, for its --table")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_device()
     args = parser.parse_args()
@@ -338,10 +328,13 @@ def main():
             print(f"\n{file}: depth {len(path)}, {args.rows} rows of {args.stream} text")
             bars(path, curves, ["attention", "mlp", "skip_output", "skip_later"])
             bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
-    print_numbers(models, args.block)
-    rows = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}}
-            for model in models]
-    save_atomically(args.out, lambda f: f.write(json.dumps(rows).encode()))
+    rows = numbers(models, args.block)
+    print_tables(rows)
+    if args.results:
+        append_rows(args.results, rows)
+    curves = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}}
+              for model in models]
+    save_atomically(args.out, lambda f: f.write(json.dumps(curves).encode()))
     if args.plot:
         plot(args.plot, models)
 

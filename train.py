@@ -262,7 +262,8 @@ def read_args():
     parser.add_argument("--steps", type=int, help="all of them (default: 4000, minutes; CUDA: 2000)")
     parser.add_argument("--batch", type=int, help="rows a step, over all GPUs (default: 4: many small steps "
                                                   "learn sooner than few large ones; CUDA: 64)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="half of it learns to copy late or never (default: 0.002)")
+    parser.add_argument("--lr", type=float, default=2e-3, 
+                        help="half of it learns to copy late or never (default: 0.002)")
     parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
     parser.add_argument("--weight-decay", type=float, default=0.01,
@@ -475,7 +476,7 @@ def main():
     if rank == 0 and not args.resume:
         save("ckpt.pt", start)          # an unwritable --out is noticed now
     loss_sum, since, clock = 0.0, start, time.time()
-    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0,
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,
                      unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)

@@ -217,7 +217,7 @@ def test_tables_are_printed_from_rows(tmp_path):
 def test_the_command(trained, tmp_path):
     rows = tmp_path / "rows.jsonl"
     result = script("evaluate.py", trained / "ckpt.pt", "-n", 8, "--tasks", "closed-book", "--loop", "2,2,1",
-                    "--rows", rows)
+                    "--results", rows)
     assert result.returncode == 0, result.stderr
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
     depth = {row["suffix"]: row["value"] for row in measured if row["column"] == "depth"}
@@ -231,7 +231,7 @@ def test_the_command(trained, tmp_path):
 def test_questions_from_a_file(trained, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text('{"question": "1+1?", "answer": "two\\n#### 2"}\n' * 3)
-    result = script("evaluate.py", trained / "ckpt.pt", "--questions", file, "--tokens", 8)
+    result = script("evaluate.py", trained / "ckpt.pt", "--questions", file, "--length", 8)
     assert result.returncode == 0 and "q.jsonl" in result.stdout, result.stderr
     file.write_text('{"question": "1+1?", "answer": "2"}\n{"question": 3}\n')
     result = script("evaluate.py", trained / "ckpt.pt", "--questions", file)
