@@ -107,7 +107,7 @@ def check_optimizer(optimizer, model):
         raise ValueError("the optimizer does not hold exactly the model's parameters")
 
 # -----------------------------------------------------------------------------
-# the schedule, and what it costs
+# the schedule, and what it costs: functions of the step alone. args holds train.py's arguments
 
 def growth_steps(total, stages, alpha=1.0):
     """PROP-alpha (arXiv 2409.19044): the steps that each stage gets, T_i = total * i^alpha / sum_j j^alpha.
@@ -125,6 +125,26 @@ def growth_steps(total, stages, alpha=1.0):
     return steps
 
 
+def constant_steps(args):
+    """Steps before the cooldown, warm-up included."""
+    return args.steps - round(args.steps * args.cooldown)
+
+
+def learning_rate(args, step):
+    """Warm-up, constant, linear cooldown to zero (SmolLM's trapezoid)."""
+    left = (args.steps - step) / max(1, args.steps - constant_steps(args))
+    return args.lr * min(1.0, (step + 1) / args.warmup, left)
+
+
+def stages(args):
+    """[(first step, depth), ...]: growth by args.block layers in the constant phase, then the cooldown."""
+    constant, first = constant_steps(args), [(0, args.layers)]
+    if args.method in METHODS:
+        steps = growth_steps(constant, args.layers // args.block, args.alpha)
+        first = [(sum(steps[:i]), (i + 1) * args.block) for i in range(len(steps))]
+    return first + [(constant, args.depth)]
+
+
 def training_flops(config, n_tokens, path=None):
     """Floating point operations to train on n_tokens: a backward pass counts as two forward passes.
 
@@ -139,6 +159,24 @@ def training_flops(config, n_tokens, path=None):
     attention = 4 * config.n_embd * config.context // 2
     head = config.n_embd * config.vocab_size
     return 3 * n_tokens * (visits * (2 * layer + attention) + 2 * head)
+
+
+def flops_until(args, config, step):
+    """Training FLOPs of all steps before this one."""
+    plan, flops = stages(args), 0
+    for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
+        n_tokens = max(0, min(step, end) - start) * args.batch * args.context
+        flops += training_flops(config, n_tokens, path=range(depth))
+    return flops
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+              "4090": 165e12, "3090": 71e12, "T4": 65e12}       # dense bf16 (T4: fp16), by the data sheets
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 # -----------------------------------------------------------------------------
 

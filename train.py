@@ -33,7 +33,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from grow import METHODS, check_optimizer, grow, grow_optimizer, growth_steps, training_flops
+from grow import (METHODS, check_optimizer, constant_steps, flops_until, grow, grow_optimizer, learning_rate,
+                  peak_flops, stages, training_flops)
 from loop import parse_loop
 from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, load_encoding,
                    mean_loss, run_script, save_atomically, save_checkpoint)
@@ -148,47 +149,6 @@ def batch_of(streams, args, step, rank=0, world_size=1):
     return rows[:, :-1], rows[:, 1:].contiguous()
 
 # -----------------------------------------------------------------------------
-# the schedule: pure functions of the step
-
-def constant_steps(args):
-    """Steps before the cooldown, warm-up included."""
-    return args.steps - round(args.steps * args.cooldown)
-
-
-def learning_rate(args, step):
-    """Warm-up, constant, linear cooldown to zero (SmolLM's trapezoid)."""
-    left = (args.steps - step) / max(1, args.steps - constant_steps(args))
-    return args.lr * min(1.0, (step + 1) / args.warmup, left)
-
-
-def stages(args):
-    """[(first step, depth), ...]: growth by --block layers within the constant phase, then the cooldown."""
-    constant, first = constant_steps(args), [(0, args.layers)]
-    if args.method in METHODS:
-        steps = growth_steps(constant, args.layers // args.block, args.alpha)
-        first = [(sum(steps[:i]), (i + 1) * args.block) for i in range(len(steps))]
-    depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
-    return first + [(constant, depth)]
-
-
-def flops_until(args, config, step):
-    """Training FLOPs of all steps before this one."""
-    plan, flops = stages(args), 0
-    for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
-        n_tokens = max(0, min(step, end) - start) * args.batch * args.context
-        flops += training_flops(config, n_tokens, path=range(depth))
-    return flops
-
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-              "4090": 165e12, "3090": 71e12, "T4": 65e12}       # dense bf16 (T4: fp16), by the data sheets
-
-
-def peak_flops(device):
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-
-# -----------------------------------------------------------------------------
 # the model and its optimizer
 
 def make_optimizer(model, args):
@@ -262,7 +222,7 @@ def read_args():
     parser.add_argument("--steps", type=int, help="all of them (default: 4000, minutes; CUDA: 2000)")
     parser.add_argument("--batch", type=int, help="rows a step, over all GPUs (default: 4: many small steps "
                                                   "learn sooner than few large ones; CUDA: 64)")
-    parser.add_argument("--lr", type=float, default=2e-3, 
+    parser.add_argument("--lr", type=float, default=2e-3,
                         help="half of it learns to copy late or never (default: 0.002)")
     parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
@@ -342,6 +302,7 @@ def check(args):
         args.layers = depth
     elif args.method in METHODS:
         METHODS[args.method](args.layers, args.block)       # the block must divide the layers
+    args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
     stages(args)                                            # and the stages need steps
     args.kv_heads = args.kv_heads or args.heads
     if args.math and not args.data:

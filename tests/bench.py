@@ -12,11 +12,10 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from grow import training_flops  # noqa: E402
+from grow import peak_flops, training_flops  # noqa: E402
 from loop import loop_path  # noqa: E402
 from model import GPT, GPTConfig, default_device  # noqa: E402
 from signatures import all_signatures  # noqa: E402
-from train import peak_flops  # noqa: E402
 
 SHAPES = {      # of the model, rows in a batch
     "small": (dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344,

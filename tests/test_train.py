@@ -40,7 +40,7 @@ def same_weights(one, other):
 
 
 def arguments(**changes):
-    return Namespace(**{**dict(method="lidas", layers=8, block=2, loop=None, alpha=1.0, steps=100,
+    return Namespace(**{**dict(method="lidas", layers=8, block=2, depth=8, alpha=1.0, steps=100,
                                cooldown=0.2, lr=1.0, warmup=10, seed=0, batch=8, context=4,
                                math_share=0.5), **changes})
 
@@ -55,7 +55,7 @@ def test_learning_rate_is_a_trapezoid():
 def test_growth_fills_the_constant_phase_and_the_cooldown_runs_at_full_depth():
     assert train.stages(arguments()) == [(0, 2), (8, 4), (24, 6), (48, 8), (80, 8)]
     assert train.stages(arguments(method="baseline")) == [(0, 8), (80, 8)]
-    assert train.stages(arguments(loop="3-2x3-3"))[-2:] == [(48, 8), (80, 12)]
+    assert train.stages(arguments(depth=12))[-2:] == [(48, 8), (80, 12)]
 
 
 def test_flops_of_a_run_add_up_stage_by_stage():
