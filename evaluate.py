@@ -519,7 +519,7 @@ def label(file, checkpoint):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
+    parser.add_checkpoints("*")
     # what to measure
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, +-3.5%% at most)")
@@ -557,7 +557,7 @@ def main():
         with open(args.table, encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
     for file in args.checkpoints:
-        model, checkpoint = load_checkpoint(file, args.device)
+        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
         name, seed = label(file, checkpoint)
         new = [{"model": name, "seed": seed, "run": file, **row}
                for row in measure(args, file, model, checkpoint)]

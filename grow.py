@@ -182,15 +182,16 @@ def peak_flops(device):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="the model to grow, as train.py saves it")
+    parser.add_checkpoints(1)
     parser.add_argument("--method", choices=METHODS, default="lidas", help="growth operator (default: lidas)")
     parser.add_argument("--block", type=int, default=2, help="layers to copy (default: 2, as train.py's)")
     parser.add_argument("--out", required=True, help="file to write the deeper model to")
     args = parser.parse_args()
 
-    model, checkpoint = load_checkpoint(args.checkpoint)
+    file, = args.checkpoints
+    model, checkpoint = load_checkpoint(file, tokens=args.tokens)
     if model.config.path is not None:
-        raise ValueError(f"{args.checkpoint} is a looped model: its path is its depth. "
+        raise ValueError(f"{file} is a looped model: its path is its depth. "
                          f"loop.py --unroll unties it")
     path = METHODS[args.method](model.config.n_layer, args.block)
     grown = grow(model, path)

@@ -6,14 +6,18 @@ whose config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, L vi
     python loop.py out/lidas/ckpt.pt --prompt "k=4" --start 3 --block 2 --repeats 0 1 2 4    # seconds
     python loop.py out/lidas/ckpt.pt --sweep --block 2          # held-out loss, start x repeats: a minute
     python loop.py out/looped/ckpt.pt --unroll untied.pt        # the looped model, every visit untied
+    python loop.py out/lidas/ckpt.pt --export DIR               # for transformers, vLLM, llama.cpp
+    python loop.py --hf SmolLM-135M --prompt "2+2=" --start 12 --block 4 --repeats 0 1   # any Llama directory
 """
+import json
+import os
 import re
 
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, load_checkpoint, load_encoding, mean_loss,
-                   run_script, save_checkpoint)
+from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, mean_loss, run_script,
+                   save_checkpoint)
 
 
 def loop_path(n_layer, start, block, repeats):
@@ -50,6 +54,36 @@ def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
     return grow(model, model.config.full_path if path is None else path)
 
+def export(model, folder, path=None):
+    """Writes the model along a path, every visit untied, as a Hugging Face Llama directory (config.json and
+    model.safetensors), which transformers, vLLM and llama.cpp open. Raises ValueError where there is one."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("--export needs the package: pip install safetensors")
+    if os.path.exists(folder):
+        raise ValueError(f"{folder} exists: choose a new directory")
+    untied = unroll(model, path)
+    config, state, weights = untied.config, untied.state_dict(), {}
+    for ours, theirs in llama_names(config).items():
+        heads = [config.n_head, config.n_kv_head, config.n_kv_head] if len(theirs) == 3 else [1] * len(theirs)
+        rows = len(state[ours]) // sum(heads)
+        parts = state[ours].split([rows * n for n in heads])
+        weights.update({name: part.clone() for name, part in zip(theirs, parts)})
+    settings = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+        "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "hidden_act": "silu",
+        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
+        "hidden_size": config.n_embd, "intermediate_size": config.n_hidden, "attention_bias": False,
+        "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps, "mlp_bias": False,
+        "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied,
+        "bos_token_id": config.separator, "eos_token_id": config.separator}
+    os.makedirs(folder + ".part", exist_ok=True)        # renamed when whole: nothing is left half-written
+    save_file(weights, os.path.join(folder + ".part", "model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder + ".part", "config.json"), "w", encoding="utf-8") as f:
+        json.dump(settings, f, indent=2)
+    os.replace(folder + ".part", folder)
+
 # -----------------------------------------------------------------------------
 
 def show(model, checkpoint, args):
@@ -62,7 +96,7 @@ def show(model, checkpoint, args):
         losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}"
                            for name, rows in checkpoint["heldout"].items())
         torch.manual_seed(args.seed)
-        new = model.generate(tokens, args.tokens, path, args.temperature, stop=encoding.eot_token)
+        new = model.generate(tokens, args.length, path, args.temperature, stop=encoding.eot_token)
         text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
         print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\n"
               f"held-out loss: {losses}")
@@ -82,7 +116,7 @@ def sweep(model, checkpoint, args):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="any checkpoint of train.py or grow.py")
+    parser.add_checkpoints(1)
     parser.add_argument("--prompt", default="",
                         help="text to continue (default: nothing, a document's beginning)")
     parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
@@ -91,25 +125,38 @@ def main():
                         help="extra visits (default: 0 1 2 4)")
     parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
     parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied")
+    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory; with --start "
+                                                        "and one number of --repeats along that loop")
     # sampling
-    parser.add_argument("--tokens", type=int, default=48, help="length of the continuation (default: 48)")
+    parser.add_argument("--length", type=int, default=48, help="length of the continuation (default: 48)")
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="0 is greedy, so that runs compare (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
     parser.add_device()
     args = parser.parse_args()
-    if args.temperature < 0 or args.tokens < 1:
-        parser.error("--temperature must be 0 or more, --tokens 1 or more")
+    if args.temperature < 0 or args.length < 1:
+        parser.error("--temperature must be 0 or more, --length 1 or more")
 
-    model, checkpoint = load_checkpoint(args.checkpoint, args.device)
+    model, checkpoint = load_checkpoint(args.checkpoints[0], args.device, args.tokens)
     if args.unroll:
         untied = unroll(model)
         save_checkpoint(args.unroll,
                         checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
         print(f"saved {args.unroll}: {untied.config.n_layer} layers from {model.config.n_layer}")
         return
+    if args.export:
+        if args.start is not None and len(args.repeats) != 1:
+            raise ValueError("--export writes one model: give one number of --repeats")
+        path = model.config.full_path if args.start is None else loop_path(
+            model.config.n_layer, args.start, args.block, args.repeats[0])
+        export(model, args.export, path)
+        print(f"saved {args.export}: {len(path)} layers, without a tokenizer. Llama has no mask between "
+              f"documents: give it one document at a time")
+        return
     if args.start is None:
         args.start = (model.config.n_layer - args.block) // 2
+    if not checkpoint["heldout"] and args.sweep:
+        raise ValueError("the sweep needs held-out tokens: --tokens FILE.bin")
     for repeats in args.repeats:        # every path is checked before the first is run
         loop_path(model.config.n_layer, args.start, args.block, repeats)
     (sweep if args.sweep else show)(model, checkpoint, args)

@@ -17,12 +17,14 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
 """
 import argparse
 import io
+import json
 import os
 import pickle
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
@@ -162,6 +164,30 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
+    @classmethod
+    def from_huggingface(cls, folder):
+        """The model of a Hugging Face directory of Llama's architecture (SmolLM, TinyLlama, Llama), float32.
+
+        Raises ValueError naming what this architecture does not have, or what is missing in the folder.
+        """
+        model, weights = cls(read_llama_config(folder)), read_llama_weights(folder)
+        state = {}
+        try:
+            for ours, theirs in llama_names(model.config).items():
+                state[ours] = torch.cat([weights.pop(name).float() for name in theirs])
+            if model.config.tied:
+                state["head.weight"] = state["embed.weight"]
+                weights.pop("lm_head.weight", None)
+            model.load_state_dict(state)
+        except KeyError as error:
+            raise ValueError(f"{folder} has no weights named {error}")
+        except RuntimeError as error:       # shapes that are not those of the config
+            raise ValueError(f"{folder}: {' '.join(str(error).split())[:200]}")
+        unread = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
+        if unread:
+            raise ValueError(f"{folder} has weights that have no place here: {', '.join(unread[:3])}")
+        return model
+
     def places(self, tokens, seen=0):
         """What attention has to know of the positions behind the first `seen`.
 
@@ -260,6 +286,126 @@ def mean_loss(model, rows, path=None, batch=16):
     return total / len(rows)
 
 # -----------------------------------------------------------------------------
+# Hugging Face's Llama directories: the same architecture, with q, k, v and gate, up in matrices of their own
+
+PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
+         "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
+         "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "pretraining_tp": 1, "sliding_window": None, "rope_type": "default"}    # what our layer can be
+
+
+def llama_names(config):
+    """{our parameter: [Llama's parameters, which it holds one above the other]}"""
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not config.tied:
+        names["head.weight"] = ["lm_head.weight"]
+    for i in range(config.n_layer):
+        for ours, theirs in PARTS.items():
+            names[f"layers.{i}.{ours}.weight"] = [f"model.layers.{i}.{name}.weight" for name in theirs]
+    return names
+
+
+def read_json(folder, name):
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError:
+        raise ValueError(f"{os.path.join(folder, name)} is not JSON")
+
+
+def read_llama_config(folder):
+    """config.json -> GPTConfig. Raises ValueError naming a setting that is not supported."""
+    hf = read_json(folder, "config.json")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}    # transformers 5, or older
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    hf = {"rope_theta": 10000.0, **hf, **rope, "rope_type": kind}
+    for name, value in ONLY.items():
+        if hf.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} {hf[name]!r} is not supported, only {value!r}")
+    try:
+        config = GPTConfig(
+            vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
+            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"], n_embd=hf["hidden_size"],
+            n_hidden=hf["intermediate_size"], context=hf["max_position_embeddings"],
+            rope_theta=hf["rope_theta"], norm_eps=hf["rms_norm_eps"],
+            tied=hf.get("tie_word_embeddings", False))
+    except KeyError as error:
+        raise ValueError(f"{folder}: config.json has no {error}")
+    if (hf.get("head_dim") or config.n_embd // config.n_head) * config.n_head != config.n_embd:
+        raise ValueError(f"{folder}: head_dim {hf['head_dim']} is not supported, only hidden_size / heads")
+    return config
+
+
+def read_llama_weights(folder):
+    """All tensors of model.safetensors or pytorch_model.bin, in shards or not -> {name: tensor}."""
+    found = [name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                               "pytorch_model.bin.index.json") if os.path.exists(os.path.join(folder, name))]
+    if not found:
+        raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    files = found[:1]
+    if files[0].endswith(".json"):
+        files = sorted(set(read_json(folder, files[0])["weight_map"].values()))
+    if files[0].endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("reading .safetensors needs the package: pip install safetensors")
+    else:
+        def load_file(file):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    weights = {}
+    for file in files:
+        try:
+            weights.update(load_file(os.path.join(folder, file)))
+        except OSError:
+            raise
+        except Exception as error:      # each format has exceptions of its own for a file that is cut short
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{os.path.join(folder, file)} cannot be read: {reason}")
+    return weights
+
+
+# how GPT-2 splits text, and how SmolLM does, which gives every digit a token
+GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+
+
+def read_llama_encoding(folder):
+    """tokenizer.json -> what load_encoding takes, where tiktoken can express it: byte-level BPE as GPT-2's,
+    SmolLM's, Llama 3's. Begin-of-text, or else the end's token, begins a document. Raises ValueError."""
+    tokenizer = read_json(folder, "tokenizer.json")
+    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        pattern = GPT2
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        pattern = DIGITS
+    elif kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[1]["use_regex"]:
+        pattern = steps[0]["pattern"]["Regex"]
+    else:
+        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer that splits by {kinds}")
+    if model["type"] != "BPE" or tokenizer.get("normalizer") or steps[-1].get("add_prefix_space"):
+        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer other than byte-level BPE as it is")
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves
+    others = sorted({*range(256)} - {*shown})
+    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    order = [model["vocab"][first + second] for first, second in merges]
+    if order != sorted(order):
+        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer whose ids are not in merging order")
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    config = read_json(folder, "config.json")
+    first = config.get("bos_token_id", config.get("eos_token_id"))
+    if not isinstance(first, int):
+        raise ValueError(f"{folder}: config.json has no bos_token_id to begin a document with")
+    # latin-1, since a checkpoint holds no bytes
+    tokens = {bytes(byte[c] for c in token).decode("latin-1"): i
+              for token, i in model["vocab"].items() if token not in special}
+    return {"pattern": pattern, "tokens": tokens, "special": {**special, "<|endoftext|>": first}}
+
+# -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
 
 # an assigned variable with its equals sign, the blank to fill in, words and numbers below 100 with the space
@@ -268,10 +414,16 @@ PIECES = r"""(?<![A-Za-z])[a-z] ?=| ?___\.? ->|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA
 
 
 def load_encoding(spec):
-    """spec: a name that tiktoken knows, or a list of words -> tiktoken.Encoding with an end-of-text token.
+    """spec: a name that tiktoken knows, a list of words, or what read_llama_encoding returns
+    -> tiktoken.Encoding with an end-of-text token. Raises ValueError where that is not to be had.
 
     A list makes an encoding of the 256 bytes and those words, so that every text can be encoded and decoded.
     """
+    if isinstance(spec, dict) and "missing" in spec:
+        raise ValueError(spec["missing"])
+    if isinstance(spec, dict):
+        return tiktoken.Encoding("huggingface", pat_str=spec["pattern"], special_tokens=spec["special"],
+                                 mergeable_ranks={t.encode("latin-1"): i for t, i in spec["tokens"].items()})
     if not isinstance(spec, str):
         tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
         return tiktoken.Encoding("words", pat_str=PIECES, special_tokens={"<|endoftext|>": len(tokens)},
@@ -284,6 +436,19 @@ def load_encoding(spec):
         raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
                          f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it "
                          f"({type(error).__name__}: {error})"[:400])
+
+def tokens_of(file):
+    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
+    header = np.fromfile(file, dtype=np.int32, count=256)
+    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
+        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
+        if len(tokens) != header[2]:
+            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, "
+                             f"it holds {len(tokens)}")
+        return tokens
+    if os.path.getsize(file) % 2:
+        raise ValueError(f"{file} is no token file: uint16 tokens do not make {os.path.getsize(file)} bytes")
+    return np.memmap(file, dtype=np.uint16, mode="r")
 
 # -----------------------------------------------------------------------------
 # checkpoints: a dict with config, model, encoding (as above), heldout rows, and what train.py needs to go on
@@ -311,18 +476,33 @@ def save_checkpoint(file, checkpoint):
     save_atomically(file, lambda f: f.write(buffer.getbuffer()))
 
 
-def load_checkpoint(file, device="cpu"):
-    """-> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
-    with open(file, "rb") as f:
-        data = io.BytesIO(f.read())     # read first, so that what fails below is the content and not the disk
-    try:
-        checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # runs no code in it
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is not a whole checkpoint of this project: {reason}")
+def load_checkpoint(file, device="cpu", tokens=None):
+    """file: of train.py or grow.py, or a Hugging Face directory; tokens: a .bin file to hold out in its place
+    -> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
+    if os.path.isdir(file):
+        model, checkpoint = GPT.from_huggingface(file), {"heldout": {}}
+        try:
+            checkpoint["encoding"] = read_llama_encoding(file)
+        except (ValueError, OSError) as error:      # losses on --tokens need none: an error where it is used
+            checkpoint["encoding"] = {"missing": f"no tokenizer, only --tokens FILE.bin works: {error}"}
+    else:
+        with open(file, "rb") as f:
+            data = io.BytesIO(f.read())     # first, so that what fails below is the content and not the disk
+        try:
+            checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # runs no code in it
+            model = GPT(GPTConfig(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
+        except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,
+                pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{file} is not a whole checkpoint of this project: {reason}")
+    if tokens:
+        stream, width = tokens_of(tokens), min(model.config.context, 256) + 1
+        rows = torch.from_numpy(stream[:len(stream) // width * width][:64 * width].astype(np.int32))
+        if not len(rows) or rows.max() >= model.config.vocab_size:
+            raise ValueError(f"{tokens} must hold {width} tokens or more, all below "
+                             f"{model.config.vocab_size}")
+        checkpoint["heldout"] = {"tokens": rows.view(-1, width)}
     return model.to(device), checkpoint
 
 
@@ -350,6 +530,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_checkpoints(self, nargs):
+        """The models of a command: files of train.py or grow.py, or Hugging Face directories."""
+        self.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
+        self.add_argument("--hf", nargs="+", default=[], metavar="DIR", help="Hugging Face Llama directories")
+        self.add_argument("--tokens", metavar="FILE.bin", help="held-out tokens, as nanoGPT's or llm.c's, in "
+                                                               "place of the checkpoint's own")
+        self.nargs = nargs
+
+    def parse_args(self, *given):
+        args = super().parse_args(*given)
+        if "hf" in args:
+            args.checkpoints += args.hf
+            if self.nargs == 1 and len(args.checkpoints) != 1:
+                self.error(f"name one checkpoint, or one directory with --hf, not {len(args.checkpoints)}")
+        return args
 
     def add_device(self):
         self.add_argument("--device", type=available_device, default=default_device(),

@@ -288,7 +288,7 @@ def plot(file, models):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", help="checkpoints of train.py or grow.py")
+    parser.add_checkpoints("*")
     parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16, for two digits)")
     parser.add_argument("--stream", default="general", help="which held-out text (default: general; or math)")
     parser.add_argument("--block", type=int, default=2,
@@ -306,12 +306,15 @@ def main():
     if args.rows < 1 or args.block < 1:
         parser.error("--rows and --block must be at least 1")
 
+    if not args.checkpoints:
+        parser.error("name checkpoints, or directories with --hf")
     models = []
     for file in args.checkpoints:
-        model, checkpoint = load_checkpoint(file, args.device)
-        if args.stream not in checkpoint["heldout"]:
-            raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout'])}, "
-                             f"not of {args.stream}")
+        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
+        stream = "tokens" if args.tokens else args.stream
+        if stream not in checkpoint["heldout"]:
+            raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout']) or 'nothing'}, "
+                             f"not of {stream}: give another --stream, or --tokens FILE.bin")
         path = model.config.full_path
         if args.loop:
             try:
@@ -321,11 +324,11 @@ def main():
         if len(path) < 4:
             raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth")
         name, seed = label(file, checkpoint)
-        curves = all_signatures(model, checkpoint["heldout"][args.stream][:args.rows], args.block, path,
+        curves = all_signatures(model, checkpoint["heldout"][stream][:args.rows], args.block, path,
                                 args.reduce)
         models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})
         if not args.quiet:
-            print(f"\n{file}: depth {len(path)}, {args.rows} rows of {args.stream} text")
+            print(f"\n{file}: depth {len(path)}, {args.rows} rows of {stream} text")
             bars(path, curves, ["attention", "mlp", "skip_output", "skip_later"])
             bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
     rows = numbers(models, args.block)

@@ -37,7 +37,7 @@ from grow import (METHODS, check_optimizer, constant_steps, flops_until, grow, g
                   peak_flops, stages, training_flops)
 from loop import parse_loop
 from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, load_encoding,
-                   mean_loss, run_script, save_atomically, save_checkpoint)
+                   mean_loss, run_script, save_atomically, save_checkpoint, tokens_of)
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
@@ -60,20 +60,6 @@ def texts_of(file):
                              "or a question and an answer")
         except (EOFError, gzip.BadGzipFile):
             raise ValueError(f"{file} is not a whole gzip file")
-
-
-def tokens_of(file):
-    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
-    header = np.fromfile(file, dtype=np.int32, count=256)
-    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
-        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
-        if len(tokens) != header[2]:
-            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, "
-                             f"it holds {len(tokens)}")
-        return tokens
-    if os.path.getsize(file) % 2:
-        raise ValueError(f"{file} is no token file: uint16 tokens do not make {os.path.getsize(file)} bytes")
-    return np.memmap(file, dtype=np.uint16, mode="r")
 
 
 def encode(files, encoding, write):

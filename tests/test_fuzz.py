@@ -30,7 +30,8 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--method": ["midas", "lidas", "up"], "--block": NUMBERS,
         "--out": ["{folder}/deep.pt", "{checkpoint}/x.pt"]},
     loop: {
-        "--start": NUMBERS, "--block": NUMBERS, "--repeats": NUMBERS, "--tokens": ["-1", "0", "3", "x"],
+        "--start": NUMBERS, "--block": NUMBERS, "--repeats": NUMBERS, "--length": ["-1", "0", "3", "x"],
+        "--hf": ["none", "{folder}"], "--tokens": ["none.bin", "{checkpoint}"], "--export": ["{folder}/llama"],
         "--temperature": ["0", "1", "-1", "nan"], "--prompt": ["", "k=1\n", "\N{SNOWMAN}"],
         "--unroll": ["{folder}/untied.pt", "{checkpoint}/x"], "--seed": ["0", "-1", "x"],
         "--device": ["cpu", "gpu"]},
@@ -49,7 +50,7 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
 def command(module, rng, checkpoint, folder):
     start = {train: [*map(str, TINY_RUN), "--steps", "4", "--width", "16", "--evals", "1", "--compile", "off",
                      "--out", f"{folder}/run"],
-             grow: [checkpoint, "--out", f"{folder}/deep.pt"], loop: [checkpoint, "--tokens", "3"],
+             grow: [checkpoint, "--out", f"{folder}/deep.pt"], loop: [checkpoint, "--length", "3"],
              evaluate: [checkpoint, "-n", "4", "--tasks", "closed-book"],
              signatures: [checkpoint, "--rows", "2", "--out", f"{folder}/s.json"]}[module]
     if rng.random() < 0.1 and module is not train:

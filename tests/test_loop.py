@@ -55,7 +55,7 @@ def test_a_looped_layer_gets_the_gradients_of_all_its_visits():
 
 def test_looping_a_checkpoint_by_command(trained):
     result = script("loop.py", trained / "ckpt.pt", "--prompt", "k=4\n", "--start", 2, "--repeats", 0, 1,
-                    "--tokens", 5)
+                    "--length", 5)
     assert result.returncode == 0, result.stderr
     assert "repeats 0   depth 6   path 0 1 2 3 4 5" in result.stdout
     assert "repeats 1   depth 8   path 0 1 2 3 2 3 4 5" in result.stdout
