@@ -482,16 +482,17 @@ def print_tables(rows, detail=False):
             cells.setdefault(model, {}).setdefault(column, {}).setdefault(row["seed"], []).append(row)
             chances.setdefault(column, []).append(row.get("chance"))
         flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
-        reference = max(flops, default=0)
-        left, right = max(map(len, cells)) + 2, max(13, *map(len, chances)) + 2
-        print(f"\n{table}\n{'':{left}}seeds" + "".join(f"{column:>{right}}" for column in chances))
+        lines = [["", "seeds", *chances]]
         for model, columns in cells.items():
-            n_seeds = len(set().union(*columns.values()))
-            print(f"{model:{left}}{n_seeds:>5}" + "".join(
-                f"{cell(column, columns.get(column, {}), reference):>{right}}" for column in chances))
+            lines.append([model, str(len(set().union(*columns.values())))] + [
+                cell(column, columns.get(column, {}), max(flops, default=0)) for column in chances])
         if any(chance is not None for column in chances.values() for chance in column):
-            print(f"{'chance':{left + 5}}" + "".join(
-                f"{'' if None in c else round(100 * statistics.mean(c)):>{right}}" for c in chances.values()))
+            lines.append(["chance", ""] + ["" if None in column else f"{100 * statistics.mean(column):.0f}"
+                                           for column in chances.values()])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        print(f"\n{table}")
+        for first, *others in lines:
+            print(f"{first:{widths[0]}}" + "".join(f"  {text:>{w}}" for text, w in zip(others, widths[1:])))
 
 
 def cell(column, by_seed, reference):

@@ -31,7 +31,8 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--out": ["{folder}/deep.pt", "{checkpoint}/x.pt"]},
     loop: {
         "--start": NUMBERS, "--block": NUMBERS, "--repeats": NUMBERS, "--length": ["-1", "0", "3", "x"],
-        "--hf": ["none", "{folder}"], "--tokens": ["none.bin", "{checkpoint}"], "--export": ["{folder}/llama"],
+        "--hf": ["none", "{folder}"], "--tokens": ["none.bin", "{checkpoint}"],
+        "--export": ["{folder}/llama"],
         "--temperature": ["0", "1", "-1", "nan"], "--prompt": ["", "k=1\n", "\N{SNOWMAN}"],
         "--unroll": ["{folder}/untied.pt", "{checkpoint}/x"], "--seed": ["0", "-1", "x"],
         "--device": ["cpu", "gpu"]},

@@ -12,7 +12,8 @@ from model import GPT, load_checkpoint, llama_names, load_encoding, read_llama_e
 
 CONFIG = dict(model_type="llama", vocab_size=61, num_hidden_layers=6, num_attention_heads=4,
               num_key_value_heads=2, hidden_size=32, intermediate_size=40, max_position_embeddings=24,
-              rms_norm_eps=1e-5, rope_theta=500.0, tie_word_embeddings=True, hidden_act="silu", eos_token_id=0)
+              rms_norm_eps=1e-5, rope_theta=500.0, tie_word_embeddings=True, hidden_act="silu",
+              eos_token_id=0)
 
 
 def directory(folder, model, sharded=False, **changes):
@@ -45,7 +46,8 @@ def test_reading_by_hand_made_directories(tmp_path, sharded, tied):
 @pytest.mark.parametrize("changes", [
     {"model_type": "mistral"}, {"attention_bias": True}, {"mlp_bias": True}, {"sliding_window": 8},
     {"hidden_act": "gelu"}, {"pretraining_tp": 2}, {"head_dim": 16},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "llama3"}}], ids=str)
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "llama3"}}], ids=str)
 def test_what_our_layer_is_not_is_refused_by_name(tmp_path, changes):
     """A setting that is passed over gives a model that runs and is slightly wrong."""
     name = {"rope_scaling": "rope_type", "rope_parameters": "rope_type"}.get(*changes, *changes)
@@ -93,7 +95,8 @@ def test_transformers_opens_what_is_exported(tmp_path, tied):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert theirs.config.num_hidden_layers == 8
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, model(tokens, tokens, path)[0], atol=1e-4, rtol=1e-4)
+        expected = model(tokens, tokens, path)[0]
+        torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4, rtol=1e-4)
         again = GPT.from_huggingface(tmp_path / "hf").eval()
         assert torch.equal(again(tokens)[0], model(tokens, path=path)[0])
 
