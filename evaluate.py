@@ -285,7 +285,7 @@ def world_words():
 def world_rows(encoding, context, n, stream, heldout, seed):
     """n rows (n, context + 1) of token ids, uint16: documents, end-of-text before each, the last one cut."""
     rows = np.empty((n, context + 1), dtype=np.uint16)
-    for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1):
+    for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1, disable=None):
         rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
         while len(row) <= context:
             row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
@@ -409,9 +409,9 @@ def answer_file(model, encoding, file, n, max_new_tokens):
 def measure(args, run, model, checkpoint):
     """All that was asked for, of one model -> rows without the model's name."""
     encoding = load_encoding(checkpoint["encoding"])
-    loops = [None] + [[int(x) for x in loop.split(",")] for loop in args.loop]
-    paths = {"" if loop is None else " +" + ",".join(map(str, loop)):
-             None if loop is None else loop_path(model.config.n_layer, *loop) for loop in loops}
+    paths = {"plain": None}
+    for loop in args.loop:
+        paths[loop] = loop_path(model.config.n_layer, *map(int, loop.split(",")))
     rows = []
 
     def add(table, column, value, suffix="", **more):
@@ -421,31 +421,33 @@ def measure(args, run, model, checkpoint):
         right = answer_file(model, encoding, args.questions, args.n, args.length)
         add("questions", os.path.basename(args.questions), sum(right) / len(right), n=len(right))
     elif args.shots:
-        for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False):
+        for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False, disable=None):
             for shots in args.shots:
                 score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
                 if score["shots"] == shots:         # else they do not fit the context
                     add(f"{task}: accuracy by number of shots", str(shots), score["accuracy"], **score)
     elif args.finetune:
         for task in args.tasks:
-            for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning on {task}", leave=False):
+            for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning", leave=False, disable=None):
                 draws = [finetune(model, encoding, task, n_train, args.n, seed=i) for i in range(args.draws)]
                 add(f"{task}: accuracy by number of fine-tuning examples", str(n_train),
                     statistics.mean(draws), n=args.n, chance=TASKS[task][2], draws=args.draws)
     elif args.sweep:
         sweep(args, run, model, encoding, add)
     else:
-        for suffix, path in paths.items():
-            columns = {"depth": len(path or model.config.full_path),
-                       "params": sum(p.numel() for p in model.parameters()),
-                       "flops": checkpoint.get("flops", 0)}
+        if not args.loop:
+            for column, value in (("depth", len(model.config.full_path)),
+                                  ("params", sum(p.numel() for p in model.parameters())),
+                                  ("flops", checkpoint.get("flops", 0))):
+                add("tasks", column, value)
+        for path_name, path in paths.items():
+            def place(column):      # table and column: a table of tasks, or a table a task, its columns paths
+                return (f"{column} by looped path", path_name) if args.loop else ("tasks", column)
             for name, heldout in checkpoint["heldout"].items():
-                columns[f"loss {name}"] = mean_loss(model, heldout, path)
-            for column, value in columns.items():
-                add("tasks", column, value, suffix)
-            for task in tqdm(args.tasks, desc=f"{run}{suffix}", leave=False):
+                add(*place(f"loss {name}"), mean_loss(model, heldout, path))
+            for task in tqdm(args.tasks, desc=f"{run} {path_name}", leave=False, disable=None):
                 score = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
-                add("tasks", task, score["accuracy"], suffix, **score)
+                add(*place(task), score["accuracy"], **score)
     return rows
 
 
@@ -456,7 +458,7 @@ def sweep(args, run, model, encoding, add):
     plain = model.config.path or list(range(n_layer))
     paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
              for start in range(n_layer - args.block + 1) for repeats in args.repeats}
-    for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False):
+    for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False, disable=None):
         examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
         right = {key: is_right(model, examples, path) for key, path in {None: plain, **paths}.items()}
         best = max(paths, key=lambda key: sum(right[key][::2]))

@@ -220,8 +220,10 @@ def test_the_command(trained, tmp_path):
                     "--results", rows)
     assert result.returncode == 0, result.stderr
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
-    depth = {row["suffix"]: row["value"] for row in measured if row["column"] == "depth"}
-    assert depth == {"": 6, " +2,2,1": 8} and {row["model"] for row in measured} == {"lidas"}
+    columns = [(row["table"], row["column"]) for row in measured]
+    assert ("closed-book by looped path", "plain") in columns
+    assert ("loss math by looped path", "2,2,1") in columns
+    assert {row["model"] for row in measured} == {"lidas"}
     for more, table in ((["--sweep", "--repeats", 1], "sweep"), (["--shots", 0, 1], "shots"),
                         (["--finetune", 4, "--draws", 1], "fine-tuning")):
         result = script("evaluate.py", trained / "ckpt.pt", "-n", 8, "--tasks", "closed-book", *more)

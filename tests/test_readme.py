@@ -1,10 +1,16 @@
 """The README's snippets do what it says, on a list of layers that is not ours."""
 import os
 import re
+import shlex
 
+import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT
+from conftest import ROOT, script
+
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    README = f.read()
+TABLES = re.findall(r"    python (evaluate\.py --table assets/.*)\n\n```text\n(.*?)```", README, re.S)
 
 
 class Other(nn.Module):
@@ -20,8 +26,7 @@ class Other(nn.Module):
 
 
 def test_snippets_grow_and_loop():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        grow, loop = re.findall(r"```python\n(.*?)```", f.read(), re.S)
+    grow, loop = re.findall(r"```python\n(.*?)```", README, re.S)
     torch.manual_seed(0)
     x, grown, looped, plain = torch.randn(3, 8), Other(), Other(), Other()
     grown.load_state_dict(plain.state_dict())
@@ -32,3 +37,14 @@ def test_snippets_grow_and_loop():
     assert torch.equal(grown(x), looped(x)) and not torch.equal(grown(x), plain(x))
     assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in plain.parameters())
     assert sum(p.numel() for p in grown.parameters()) == sum(p.numel() for p in plain.parameters()) * 10 // 6
+
+
+@pytest.mark.parametrize("command, printed", TABLES, ids=[command for command, _ in TABLES])
+def test_the_tables_are_what_their_commands_print(command, printed):
+    """Numbers that are typed drift from those that were measured."""
+    result = script(*shlex.split(command))
+    assert result.returncode == 0 and result.stdout.strip() == printed.strip(), result.stdout
+
+
+def test_there_are_tables():
+    assert len(TABLES) >= 4
