@@ -245,8 +245,8 @@ TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmeti
         "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
-# The two streams: weights of the documents. Most of the general one is repeats, in which most tokens can be
-# worked out: at half that share, looking things up was learned late or never. The cooldown adds the math stream.
+# The two streams: weights of the documents. Most of the general one is repeats, in which most tokens can
+# be worked out: at half that share, looking things up was learned late or never. The cooldown adds math.
 STREAMS = {
     "general": {"story": 1, "portrait": 3, "closed-book": 3, "open-book": 2, "list-real": 5,
                 "list-random": 5, "copy-real": 3, "copy-random": 3, "known": 30, "assign-0": 12,
