@@ -12,12 +12,13 @@ whose config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, L vi
 import json
 import os
 import re
+import shutil
 
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, mean_loss, run_script,
-                   save_checkpoint)
+from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, mean_loss, read_json,
+                   run_script, save_checkpoint)
 
 
 def loop_path(n_layer, start, block, repeats):
@@ -54,13 +55,16 @@ def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
     return grow(model, model.config.full_path if path is None else path)
 
-def export(model, folder, path=None):
+
+def export(model, folder, path=None, source=None):
     """Writes the model along a path, every visit untied, as a Hugging Face Llama directory (config.json and
-    model.safetensors), which transformers, vLLM and llama.cpp open. Raises ValueError where there is one."""
+    model.safetensors), which transformers, vLLM and llama.cpp open. Raises ValueError where there is one.
+    source: the Hugging Face directory that the model comes from, whose tokenizer goes with it."""
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("--export needs the package: pip install safetensors")
+    folder = os.path.normpath(folder)       # "DIR/" + ".part" would lie inside DIR
     if os.path.exists(folder):
         raise ValueError(f"{folder} exists: choose a new directory")
     untied = unroll(model, path)
@@ -80,6 +84,12 @@ def export(model, folder, path=None):
         "bos_token_id": config.separator, "eos_token_id": config.separator}
     os.makedirs(folder + ".part", exist_ok=True)        # renamed when whole: nothing is left half-written
     save_file(weights, os.path.join(folder + ".part", "model.safetensors"), metadata={"format": "pt"})
+    if source:
+        ids = read_json(source, "config.json")
+        settings |= {name: ids.get(name) for name in ("bos_token_id", "eos_token_id")}
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            if os.path.exists(os.path.join(source, name)):
+                shutil.copy(os.path.join(source, name), folder + ".part")
     with open(os.path.join(folder + ".part", "config.json"), "w", encoding="utf-8") as f:
         json.dump(settings, f, indent=2)
     os.replace(folder + ".part", folder)
@@ -121,12 +131,12 @@ def main():
                         help="text to continue (default: nothing, a document's beginning)")
     parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
     parser.add_argument("--block", type=int, default=2, help="layers per block (default: 2, as train.py's)")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[0, 1, 2, 4],
+    parser.add_argument("--repeats", type=int, nargs="+",
                         help="extra visits (default: 0 1 2 4)")
     parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
     parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied")
-    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory; with --start "
-                                                        "and one number of --repeats along that loop")
+    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory; with one "
+                                                        "number of --repeats along that loop")
     # sampling
     parser.add_argument("--length", type=int, default=48, help="length of the continuation (default: 48)")
     parser.add_argument("--temperature", type=float, default=0.0,
@@ -144,17 +154,24 @@ def main():
                         checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
         print(f"saved {args.unroll}: {untied.config.n_layer} layers from {model.config.n_layer}")
         return
-    if args.export:
-        if args.start is not None and len(args.repeats) != 1:
-            raise ValueError("--export writes one model: give one number of --repeats")
-        path = model.config.full_path if args.start is None else loop_path(
-            model.config.n_layer, args.start, args.block, args.repeats[0])
-        export(model, args.export, path)
-        print(f"saved {args.export}: {len(path)} layers, without a tokenizer. Llama has no mask between "
-              f"documents: give it one document at a time")
-        return
+    if args.export and (args.start is not None or args.repeats) and len(args.repeats or []) != 1:
+        raise ValueError("--export writes one model: give one number of --repeats")
     if args.start is None:
         args.start = (model.config.n_layer - args.block) // 2
+    if args.export:
+        path = model.config.full_path if args.repeats is None else loop_path(
+            model.config.n_layer, args.start, args.block, args.repeats[0])
+        source = args.checkpoints[0] if os.path.isdir(args.checkpoints[0]) else None
+        export(model, args.export, path, source)
+        encoding = checkpoint["encoding"]
+        name = encoding if isinstance(encoding, str) else "a Hugging Face directory's" if isinstance(
+            encoding, dict) else "a list of words"
+        print(f"saved {args.export}: {len(path)} layers, " +
+              (f"with the tokenizer files of {source}" if source else f"without its tokenizer ({name})"))
+        if model.config.separator is not None:
+            print("Llama has no mask between documents: give it one document at a time")
+        return
+    args.repeats = args.repeats or [0, 1, 2, 4]
     if not checkpoint["heldout"] and args.sweep:
         raise ValueError("the sweep needs held-out tokens: --tokens FILE.bin")
     for repeats in args.repeats:        # every path is checked before the first is run

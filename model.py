@@ -181,6 +181,8 @@ class GPT(nn.Module):
             model.load_state_dict(state)
         except KeyError as error:
             raise ValueError(f"{folder} has no weights named {error}")
+        except AttributeError as error:
+            raise ValueError(f"{folder} has weights that are no tensors: {error}")
         except RuntimeError as error:       # shapes that are not those of the config
             raise ValueError(f"{folder}: {' '.join(str(error).split())[:200]}")
         unread = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
@@ -292,7 +294,8 @@ PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x 
          "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
          "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
 ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "pretraining_tp": 1, "sliding_window": None, "rope_type": "default"}    # what our layer can be
+        "pretraining_tp": 1, "sliding_window": None, "rope_type": "default",
+        "quantization_config": None}        # what our layer can be
 
 
 def llama_names(config):
@@ -309,21 +312,24 @@ def llama_names(config):
 def read_json(folder, name):
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f)
+            content = json.load(f)
     except ValueError:
-        raise ValueError(f"{os.path.join(folder, name)} is not JSON")
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.path.join(folder, name)} is not a JSON object")
+    return content
 
 
 def read_llama_config(folder):
     """config.json -> GPTConfig. Raises ValueError naming a setting that is not supported."""
-    hf = read_json(folder, "config.json")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}    # transformers 5, or older
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    hf = {"rope_theta": 10000.0, **hf, **rope, "rope_type": kind}
-    for name, value in ONLY.items():
-        if hf.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} {hf[name]!r} is not supported, only {value!r}")
+    hf = {"model_type": None, "rope_theta": 10000.0, **read_json(folder, "config.json")}
     try:
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}    # transformers 5, or older
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        hf = {**hf, **rope, "rope_type": kind}
+        for name, value in ONLY.items():
+            if hf.get(name, value) != value:
+                raise ValueError(f"{folder}: {name} {hf[name]!r} is not supported, only {value!r}")
         config = GPTConfig(
             vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
             n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"], n_embd=hf["hidden_size"],
@@ -332,6 +338,8 @@ def read_llama_config(folder):
             tied=hf.get("tie_word_embeddings", False))
     except KeyError as error:
         raise ValueError(f"{folder}: config.json has no {error}")
+    except (TypeError, AttributeError) as error:        # a text where a number belongs
+        raise ValueError(f"{folder}: config.json holds a value of the wrong kind: {error}")
     if (hf.get("head_dim") or config.n_embd // config.n_head) * config.n_head != config.n_embd:
         raise ValueError(f"{folder}: head_dim {hf['head_dim']} is not supported, only hidden_size / heads")
     return config
@@ -345,7 +353,10 @@ def read_llama_weights(folder):
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
     files = found[:1]
     if files[0].endswith(".json"):
-        files = sorted(set(read_json(folder, files[0])["weight_map"].values()))
+        shards = read_json(folder, files[0]).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{os.path.join(folder, files[0])} has no weight_map that names files")
+        files = sorted(set(shards.values()))
     if files[0].endswith(".safetensors"):
         try:
             from safetensors.torch import load_file
@@ -371,39 +382,79 @@ GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
 
 
+# Every byte of ordinary text. Vocabularies in use lack control characters and bytes that UTF-8 has not
+TEXT_BYTES = {*b"\t\n\r", *range(32, 127), *range(128, 192), *range(194, 241)}
+
+
 def read_llama_encoding(folder):
     """tokenizer.json -> what load_encoding takes, where tiktoken can express it: byte-level BPE as GPT-2's,
     SmolLM's, Llama 3's. Begin-of-text, or else the end's token, begins a document. Raises ValueError."""
-    tokenizer = read_json(folder, "tokenizer.json")
+    config, tokenizer = read_json(folder, "config.json"), read_json(folder, "tokenizer.json")
+    try:
+        return llama_encoding(config, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{os.path.join(folder, 'tokenizer.json')}: {error}")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{folder}: tokenizer.json is not as the tokenizers package writes it: {error!r}")
+
+
+def llama_encoding(config, tokenizer):
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
+    kinds, last = [step.get("type") for step in steps], steps[-1]
+    pattern = None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
         pattern = GPT2
-    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
         pattern = DIGITS
-    elif kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[1]["use_regex"]:
-        pattern = steps[0]["pattern"]["Regex"]
-    else:
-        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer that splits by {kinds}")
-    if model["type"] != "BPE" or tokenizer.get("normalizer") or steps[-1].get("add_prefix_space"):
-        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer other than byte-level BPE as it is")
+    elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        split = steps[0]["pattern"].get("Regex") if steps[0]["behavior"] == "Isolated" else None
+        # what lies between two matches is a piece too; tiktoken would leave it out
+        pattern = split and rf"(?:{split})|(?:(?!{split})[\s\S])+"
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    obstacles = {
+        f"a {model['type']} model": model["type"] != "BPE",
+        "byte fallback (SentencePiece)": model.get("byte_fallback"),
+        "a normalizer": tokenizer.get("normalizer"),
+        "dropout": model.get("dropout"),
+        "marks inside or at the end of words":
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
+        "a space put before the text": last.get("add_prefix_space"),
+        "added tokens that are not special": not all(token["special"] for token in tokenizer["added_tokens"]),
+        f"text split by {kinds} with these settings": pattern is None}
+    found = [name for name, there in obstacles.items() if there]
+    if found:
+        raise ValueError(f"tiktoken cannot express a tokenizer with {', '.join(found)}")
+
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves
     others = sorted({*range(256)} - {*shown})
     byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    order = [model["vocab"][first + second] for first, second in merges]
+    merged = [first + second for first, second in merges]
+    order = [vocab[token] for token in merged]
     if order != sorted(order):
-        raise ValueError(f"{folder}: tiktoken cannot express a tokenizer whose ids are not in merging order")
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    config = read_json(folder, "config.json")
-    first = config.get("bos_token_id", config.get("eos_token_id"))
-    if not isinstance(first, int):
-        raise ValueError(f"{folder}: config.json has no bos_token_id to begin a document with")
+        raise ValueError("tiktoken cannot express a tokenizer whose ids are not in merging order")
+    if not model.get("ignore_merges") and not set(vocab) <= set(byte) | set(merged):
+        raise ValueError("tiktoken cannot express a tokenizer with tokens that no merge makes")
+    tokens = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
+    if not TEXT_BYTES <= {token[0] for token in tokens if len(token) == 1}:
+        raise ValueError("tiktoken cannot express a tokenizer that lacks single bytes of text")
+
+    ids = {*range(config["vocab_size"])}
+    first = config.get("eos_token_id") if config.get("bos_token_id") is None else config["bos_token_id"]
+    if not isinstance(first, int) or first not in ids:
+        raise ValueError(f"a document begins with config.json's bos_token_id, or else eos_token_id, which "
+                         f"must be a token of the model, not {first}")
+    if not ids.issuperset(vocab.values()):
+        raise ValueError(f"tokenizer.json has tokens that the model has not: its vocab_size is {len(ids)}")
+    special["<|endoftext|>"] = first        # tiktoken's name for it
+    # the model may generate any id, also those without a token, so that each needs a text
+    unnamed = ids - {*vocab.values(), *special.values()}
+    special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
     # latin-1, since a checkpoint holds no bytes
-    tokens = {bytes(byte[c] for c in token).decode("latin-1"): i
-              for token, i in model["vocab"].items() if token not in special}
-    return {"pattern": pattern, "tokens": tokens, "special": {**special, "<|endoftext|>": first}}
+    return {"pattern": pattern, "special": special,
+            "tokens": {token.decode("latin-1"): i for token, i in tokens.items()}}
 
 # -----------------------------------------------------------------------------
 # encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
