@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
     parser.add_device()
     args = parser.parse_args()
-    if args.temperature < 0 or args.length < 1:
+    if not args.temperature >= 0 or args.length < 1:       # so that nan is refused
         parser.error("--temperature must be 0 or more, --length 1 or more")
 
     model, checkpoint = load_checkpoint(args.checkpoints[0], args.device, args.tokens)
