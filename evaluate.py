@@ -249,7 +249,7 @@ FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open
 # be worked out: at half that share, looking things up was learned late or never. The cooldown adds math.
 STREAMS = {
     "general": {"story": 1, "portrait": 3, "closed-book": 3, "open-book": 2, "list-real": 5,
-                "list-random": 5, "copy-real": 3, "copy-random": 3, "known": 30, "assign-0": 12,
+                "list-random": 5, "copy-real": 7, "copy-random": 7, "known": 30, "assign-0": 12,
                 "assign-1": 2, "word-problem": 1},
     "math": {**{task: 2 for task in TASKS if task.startswith("assign")}, "assign-1": 4, "assign-2": 4,
              "preschool": 3, "preschool-calc": 3, "word-problem": 4, "arithmetic": 2, "open-book": 1},
