@@ -233,7 +233,6 @@ def numbers(models, block):
 
     for column in ("update", "skip_later", "skip_output", "future_later", "future_output"):
         add("depth score, 0.5 for a flat curve", column, lambda c: depth_score(c[column]), models)
-    for column in ("update", "skip_later", "skip_output", "future_later", "future_output"):
         add("share of the later half, 0.5 for a flat curve", column, lambda c: late_half_share(c[column]),
             models)
     for curve in ("attention", "mlp", "cos_attention", "skip_output"):
