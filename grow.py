@@ -182,7 +182,7 @@ def peak_flops(device):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_checkpoints(1)
+    parser.add_checkpoints(most=1)
     parser.add_argument("--method", choices=METHODS, default="lidas", help="growth operator (default: lidas)")
     parser.add_argument("--block", type=int, default=2, help="layers to copy (default: 2, as train.py's)")
     parser.add_argument("--out", required=True, help="file to write the deeper model to")

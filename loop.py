@@ -51,6 +51,13 @@ def parse_loop(text):
     return n_layer, loop_path(n_layer, before, block, visits - 1)
 
 
+def parse_repeats(text, n_layer):
+    """START,BLOCK,REPEATS, as in "3,2,1" -> loop_path of them. Raises ValueError for other text."""
+    if not re.fullmatch(r"\d+,\d+,\d+", text):
+        raise ValueError(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {text}")
+    return loop_path(n_layer, *map(int, text.split(",")))
+
+
 def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
     return grow(model, model.config.full_path if path is None else path)
@@ -126,7 +133,7 @@ def sweep(model, checkpoint, args):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_checkpoints(1)
+    parser.add_checkpoints(most=1)
     parser.add_argument("--prompt", default="",
                         help="text to continue (default: nothing, a document's beginning)")
     parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")

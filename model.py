@@ -582,20 +582,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add_checkpoints(self, nargs):
+    def add_checkpoints(self, least=1, most=None):
         """The models of a command: files of train.py or grow.py, or Hugging Face directories."""
         self.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
         self.add_argument("--hf", nargs="+", default=[], metavar="DIR", help="Hugging Face Llama directories")
         self.add_argument("--tokens", metavar="FILE.bin", help="held-out tokens, as nanoGPT's or llm.c's, in "
                                                                "place of the checkpoint's own")
-        self.nargs = nargs
+        self.least, self.most = least, most or float("inf")
 
     def parse_args(self, *given):
         args = super().parse_args(*given)
         if "hf" in args:
             args.checkpoints += args.hf
-            if self.nargs == 1 and len(args.checkpoints) != 1:
-                self.error(f"name one checkpoint, or one directory with --hf, not {len(args.checkpoints)}")
+            if not self.least <= len(args.checkpoints) <= self.most:
+                self.error(f"name {'one checkpoint' if self.most == 1 else 'checkpoints'}, or with --hf "
+                           f"directories of Hugging Face, not {len(args.checkpoints)}")
         return args
 
     def add_device(self):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, label, print_tables
-from loop import loop_path
+from loop import parse_repeats
 from model import Parser, check_path, load_checkpoint, mean_loss, run_script, save_atomically
 
 # -----------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def plot(file, models):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_checkpoints("*")
+    parser.add_checkpoints()
     parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16, for two digits)")
     parser.add_argument("--stream", default="general", help="which held-out text (default: general; or math)")
     parser.add_argument("--block", type=int, default=2,
@@ -304,9 +304,6 @@ def main():
     args = parser.parse_args()
     if args.rows < 1 or args.block < 1:
         parser.error("--rows and --block must be at least 1")
-
-    if not args.checkpoints:
-        parser.error("name checkpoints, or directories with --hf")
     models = []
     for file in args.checkpoints:
         model, checkpoint = load_checkpoint(file, args.device, args.tokens)
@@ -314,12 +311,7 @@ def main():
         if stream not in checkpoint["heldout"]:
             raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout']) or 'nothing'}, "
                              f"not of {stream}: give another --stream, or --tokens FILE.bin")
-        path = model.config.full_path
-        if args.loop:
-            try:
-                path = loop_path(model.config.n_layer, *map(int, args.loop.split(",")))
-            except TypeError:
-                raise ValueError(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {args.loop}")
+        path = parse_repeats(args.loop, model.config.n_layer) if args.loop else model.config.full_path
         if len(path) < 4:
             raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth")
         name, seed = label(file, checkpoint)

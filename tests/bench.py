@@ -2,13 +2,15 @@
 Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
 
     python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 3 minutes on two cores
-    python tests/bench.py --shape gpt2      # GPT-2 small's shape: for a GPU; very long on a CPU
+    python tests/bench.py --shape gpt2                          # GPT-2 small's shape, for a GPU
+    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 20 minutes
 """
 import argparse
 import os
 import sys
 import time
 
+import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -16,25 +18,25 @@ from grow import peak_flops, training_flops  # noqa: E402
 from loop import loop_path  # noqa: E402
 from model import GPT, GPTConfig, default_device  # noqa: E402
 from signatures import all_signatures  # noqa: E402
+from train import batch_of  # noqa: E402
 
-SHAPES = {      # of the model, rows in a batch
-    "small": (dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344,
-                   context=128), 16),
-    "gpt2": (dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048,
-                  context=1024), 16),
+SHAPES = {
+    "small": dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344, context=128),
+    "gpt2": dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048,
+                 context=1024),
 }
 
 
-def seconds(function, device, repeats):
-    """Median time of a call, after two that warm up."""
+def seconds(function, device, repeats, warmup=2):
+    """Median time of a call, after some that warm up."""
     times = []
-    for i in range(repeats + 2):
+    for i in range(warmup + repeats):
         begun = time.perf_counter()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return sorted(times[2:])[repeats // 2]
+    return sorted(times[warmup:])[repeats // 2]
 
 
 def training_step(config, batch, device, compiled, fused):
@@ -61,11 +63,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--batch", type=int, default=16, help="rows in a training step (default: 16)")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls, of which the median is shown")
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args()
-    shape, batch = SHAPES[args.shape]
-    config, device = GPTConfig(**shape), args.device
+    shape, batch, device = SHAPES[args.shape], args.batch, args.device
+    config = GPTConfig(**shape)
     print(f"{args.shape} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"batch {batch}")
 
@@ -79,6 +82,11 @@ def main():
         rate = batch * config.context / seconds(step, device, args.repeats)
         mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
         print(f"{name:<34}{rate:>12,.0f}{mfu:>8}", flush=True)
+    stream = np.zeros((10_000, config.context + 1), dtype=np.uint16)
+    run = argparse.Namespace(batch=batch, steps=10_000, cooldown=0.2, math_share=0.5, seed=0)
+    time_taken = seconds(lambda: batch_of({"general": stream, "math": stream}, run, 9_000), device, 100)
+    print(f"making its batch: {time_taken * 1e3:.2f} ms, "
+          f"{time_taken * rate / (batch * config.context):.2%} of the last of these steps")
 
     config = GPTConfig(**{**shape, "context": max(512, config.context)})
     model = GPT(config).to(device).eval()
@@ -87,7 +95,8 @@ def main():
     for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
                               ("looped, cached", looped, True), ("looped, not cached", looped, False)):
         prompt = torch.zeros(1, 16, dtype=torch.long, device=device)
-        time_taken = seconds(lambda: model.generate(prompt, 496, path, use_cache=cache), device, 1)
+        model.generate(prompt, 4, path, use_cache=cache)
+        time_taken = seconds(lambda: model.generate(prompt, 496, path, use_cache=cache), device, 1, warmup=0)
         print(f"{name:<34}{496 / time_taken:>12,.0f}", flush=True)
 
     rows = torch.randint(config.vocab_size, (8, 129))
