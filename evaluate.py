@@ -113,18 +113,29 @@ def repeated(rng, words):
     return "List: " + " ".join(words) + "\n", pieces
 
 
-def known(rng, depth=0):
+def known(rng):
     """o=14\ns=4\ns=|4\no=|14     (training text only: assignments said again, in any order)"""
-    n = rng.randint(2, 6 - 2 * depth)
+    n = rng.randint(2, 6)
     values = dict(zip(rng.sample(string.ascii_lowercase, n), rng.sample(range(1, 26), n)))
-    lines = [f"{name}={value}\n" for name, value in values.items()]
-    if depth:                                   # as many variables again, each assigned one of the first
-        unused = [name for name in string.ascii_lowercase if name not in values]
-        sources = {name: rng.choice(list(values)) for name in rng.sample(unused, n)}
-        lines += [f"{name}={source}\n" for name, source in sources.items()]
-        values |= {name: values[source] for name, source in sources.items()}
     questions = [(f"{name}=", f"{value}") for name, value in values.items()]
-    return "".join(lines), [question for _ in range(3) for question in rng.sample(questions, len(questions))]
+    return ("".join(f"{name}={value}\n" for name, value in values.items()),
+            [question for _ in range(3) for question in rng.sample(questions, n)])
+
+
+def chained(rng):
+    """o=14\ns=4\nk=o\nb=o\no| 14\nk=|14     (training text only: the two steps of a depth-1 assignment)
+
+    `o` and `o=` are two tokens: who knows `o=14` need not know `o`. What a bare variable stands for was the
+    step that was missing: without it, depth 1 was learned in the cooldown by some seeds only.
+    """
+    n = rng.randint(1, 4)
+    names = rng.sample(string.ascii_lowercase, 2 * n)
+    values = dict(zip(names[:n], rng.sample(range(1, 26), n)))
+    sources = {name: rng.choice(names[:n]) for name in names[n:]}
+    questions = [(name, f" {value}") for name, value in values.items()]
+    questions += [(f"{name}=", f"{values[source]}") for name, source in sources.items()]
+    return ("".join(f"{name}={value}\n" for name, value in (values | sources).items()),
+            [question for _ in range(2) for question in rng.sample(questions, 2 * n)])
 
 
 def preschool(rng, calculation=True):
@@ -249,7 +260,7 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
 TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None),
         "list-real": (repeated, {"words": WORDS}, None),
         "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None),
-        "known-1": (known, {"depth": 1}, None), **TASKS}
+        "chained": (chained, {}, None), **TASKS}
 FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
 # The two streams: weights of the documents. Most of the general one is repeats, in which most tokens can
@@ -260,7 +271,7 @@ STREAMS = {
     "general": {"story": 1, "portrait": 3, "closed-book": 3, "open-book": 2, "list-real": 5,
                 "list-random": 5, "copy-real": 7, "copy-random": 7, "known": 30, "assign-0": 12,
                 "assign-1": 2, "word-problem": 1},
-    "math": {**{task: 2 for task in TASKS if task.startswith("assign")}, "known-1": 30, "assign-1": 30,
+    "math": {**{task: 2 for task in TASKS if task.startswith("assign")}, "chained": 40, "assign-1": 30,
              "assign-2": 4, "preschool": 3, "preschool-calc": 3, "word-problem": 4, "arithmetic": 2,
              "open-book": 1},
 }
@@ -282,7 +293,7 @@ def document(rng, stream, heldout):
 
 def world_words():
     """The words of the built-in encoding: all pieces that occur in several puzzles of the world."""
-    counts, rng = Counter(), random.Random(0)
+    counts, rng = Counter(), random.Random(99)
     for family, options, _ in TEXT.values():
         for _ in range(250):
             body, questions = family(rng, **options)

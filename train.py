@@ -218,8 +218,8 @@ def read_args():
     # the data
     parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
     parser.add_argument("--math", nargs="+", help="math for the cooldown (default: the built-in world's)")
-    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.5, so that the "
-                                                         "general text is not forgotten; 0 without math)")
+    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75: two steps "
+                                                         "are learned, little forgotten; 0 without math)")
     parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download "
                                            "(default: gpt2 for files)")
     # the run
@@ -294,7 +294,7 @@ def check(args):
     if args.math and not args.data:
         raise ValueError("--math goes with --data: the built-in world has math of its own")
     if args.math_share is None:
-        args.math_share = 0.0 if args.data and not args.math else 0.5
+        args.math_share = 0.0 if args.data and not args.math else 0.75
     if args.math_share and args.data and not args.math:
         raise ValueError("--math-share needs --math FILE, where the math is taken from")
     for file in (args.data or []) + (args.math or []):

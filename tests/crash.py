@@ -3,7 +3,7 @@ Kills a run at random instants, with kill -9, and checks that it always resumes 
 run that was left alone, bit for bit. The run writes a checkpoint at every second step and grows twice, so
 that kills also fall into writing and growing. By hand, not in CI:
 
-    python tests/crash.py                # 20 kills: about 3 minutes
+    python tests/crash.py                # 20 kills: about 6 minutes on two cores
     python tests/crash.py --kills 100 --seed 1
 """
 import argparse
