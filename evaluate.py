@@ -21,6 +21,7 @@ Here is an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|
     m=___. ->|10
 """
 import copy
+import gzip
 import json
 import os
 import random
@@ -32,10 +33,11 @@ from collections import Counter
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import loop_path, parse_repeats
-from model import PIECES, Parser, load_checkpoint, load_encoding, mean_loss, run_script
+from model import PIECES, Parser, load_checkpoint, load_encoding, mean_loss, run_script, token_dtype
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -251,8 +253,8 @@ TASKS = {   # name: family, its options, accuracy of a guess among the answers t
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
        (assignment, {"depth": depth, "wording": wording}, 1 / 5)
        for depth in (0, 1, 2) for wording in WORDINGS},
-    "preschool": (preschool, {"calculation": False}, 1 / 35),
-    "preschool-calc": (preschool, {"calculation": True}, 1 / 35),
+    "preschool": (preschool, {"calculation": False}, 1 / 17),
+    "preschool-calc": (preschool, {"calculation": True}, 1 / 17),
     "closed-book": (closed_book, {}, 1 / 12),
     "open-book": (open_book, {}, 1 / 5),
     "word-problem": (word_problem, {}, 1 / 20),
@@ -261,7 +263,7 @@ TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmeti
         "list-real": (repeated, {"words": WORDS}, None),
         "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None),
         "chained": (chained, {}, None), **TASKS}
-FAMILIES_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
+TASKS_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
 
 # The two streams: weights of the documents. Most of the general one is repeats, in which most tokens can
 # be worked out: at half that share, looking things up was learned late or never. Assignments in two steps
@@ -301,13 +303,13 @@ def world_words():
             counts.update(set(re.findall(PIECES, text)))
     numbers = [space + str(n) for space in ("", " ") for n in range(100)]
     letters = [" " + letter for letter in string.ascii_lowercase]
-    words = {piece for piece, n in counts.items() if n >= 4 and len(piece) > 1}
-    return sorted(words.union(numbers, letters) - {str(n) for n in range(10)})
+    words = {piece for piece, n in counts.items() if n >= 4}
+    return sorted(piece for piece in words.union(numbers, letters) if len(piece) > 1)     # one is a byte
 
 
 def world_rows(encoding, context, n, stream, heldout, seed):
-    """n rows (n, context + 1) of token ids, uint16: documents, end-of-text before each, the last one cut."""
-    rows = np.empty((n, context + 1), dtype=np.uint16)
+    """n rows (n, context + 1) of token ids: documents, end-of-text before each, the last one cut."""
+    rows = np.empty((n, context + 1), dtype=token_dtype(encoding))
     for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1, disable=None):
         rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
         while len(row) <= context:
@@ -341,6 +343,14 @@ def encode_examples(task, encoding, context, n, shots=5, seed=0):
     raise ValueError(f"a question of {task} is longer than the context of {context}")
 
 
+def padded(examples):
+    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, time): targets are -1 but where a token of
+    the answer is predicted. The padding is behind the answer, where nothing looks."""
+    tokens = [torch.tensor((prompt + answer)[:-1]) for prompt, answer in examples]
+    targets = [torch.tensor([-1] * (len(prompt) - 1) + answer) for prompt, answer in examples]
+    return pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
+
+
 @torch.no_grad()
 def is_right(model, examples, path=None, batch=32):
     """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer) tokens.
@@ -351,14 +361,11 @@ def is_right(model, examples, path=None, batch=32):
     model.eval()
     device, right = model.embed.weight.device, []
     for start in range(0, len(examples), batch):
-        part = examples[start:start + batch]
-        rows = torch.zeros(len(part), max(len(p) + len(a) for p, a in part) - 1, dtype=torch.long)
-        for row, (p, a) in zip(rows, part):         # the padding is behind the answer, where nothing looks
-            row[:len(p) + len(a) - 1] = torch.tensor(p + a[:-1])
-        hidden = model.hidden(rows.to(device), path)
-        ends = [x[len(p) - 1:len(p) + len(a) - 1] for x, (p, a) in zip(hidden, part)]
-        best = model.head(torch.cat(ends)).argmax(-1).cpu().split([len(a) for _, a in part])
-        right += [tokens.tolist() == a for tokens, (_, a) in zip(best, part)]
+        tokens, targets = padded(examples[start:start + batch])
+        asked, best = targets >= 0, torch.full_like(targets, -1)
+        hidden = model.hidden(tokens.to(device), path)
+        best[asked] = model.head(hidden[asked.to(device)]).argmax(-1).cpu()
+        right += (best == targets).all(1).tolist()
     model.train(was_training)
     return right
 
@@ -373,19 +380,14 @@ def accuracy(model, encoding, task, n=200, shots=5, path=None, seed=0):
 
 def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
     """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no
-    shots; the mean over five held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
+    shots; the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
     tuned = copy.deepcopy(model).train()
     rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
     pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
     pairs = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a))
              for p, a in pairs]
     tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
-    tokens = torch.zeros(n_train, max(len(p) + len(a) for p, a in pairs) - 1, dtype=torch.long)
-    targets = torch.full_like(tokens, -1)           # only the answer is learned
-    for row, target, (p, a) in zip(tokens, targets, pairs):
-        row[:len(p) + len(a) - 1] = torch.tensor(p + a[:-1])
-        target[len(p) - 1:len(p) + len(a) - 1] = torch.tensor(a)
-    tokens, targets = tokens.to(device), targets.to(device)
+    tokens, targets = (x.to(device) for x in padded(pairs))     # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
     for step in range(1, steps + 1):
         tuned(tokens, targets)[1].backward()
@@ -405,23 +407,41 @@ def final_answer(text):
     return numbers[-1].replace(",", "").rstrip(".") if numbers else text.strip()
 
 
+def json_lines(file, *layouts):
+    """The texts in each line of a .jsonl or .jsonl.gz file, a list by the first layout that the line has:
+    json_lines(file, ("text",), ("question", "answer")). Raises ValueError naming a line that has none."""
+    number = 0
+    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+        try:
+            for number, line in enumerate(f, 1):
+                item = json.loads(line)
+                texts = next([item[name] for name in names] for names in layouts if item.keys() >= {*names})
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError
+                yield texts
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
+        except (EOFError, gzip.BadGzipFile):
+            raise ValueError(f"{file} is not a whole gzip file")
+        except (ValueError, AttributeError, StopIteration):
+            raise ValueError(f"{file}, line {number}: not a JSON object with " +
+                             " or ".join(" and ".join(names) for names in layouts) + " as texts")
+
+
 def answer_file(model, encoding, file, n, max_new_tokens):
     """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`."""
-    right = []
-    with open(file, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                item = json.loads(line)
-                question, answer = item["question"], item["answer"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}: not a JSON object with a question and an answer")
-            tokens = encoding.encode_ordinary(ask(question))[-(model.config.context - max_new_tokens - 1):]
-            tokens = torch.tensor([[encoding.eot_token] + tokens], device=model.embed.weight.device)
-            new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)
-            text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
-            right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
-            if len(right) == n:
-                break
+    room, right = model.config.context - max_new_tokens - 1, []     # for the end of the question
+    if room < 1:
+        raise ValueError(f"answers of {max_new_tokens} tokens leave no room for a question in the context of "
+                         f"{model.config.context}: give a smaller --length")
+    for question, answer in json_lines(file, ("question", "answer")):
+        tokens = [encoding.eot_token] + encoding.encode_ordinary(ask(question))[-room:]
+        tokens = torch.tensor([tokens], device=model.embed.weight.device)
+        new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)
+        text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
+        right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
+        if len(right) == n:
+            break
     if not right:
         raise ValueError(f"{file} holds no questions")
     return right
@@ -439,7 +459,8 @@ def measure(args, run, model, checkpoint):
         rows.append({"table": table, "suffix": suffix, "column": column, "value": value, **more})
 
     if args.questions:
-        right = answer_file(model, encoding, args.questions, args.n, args.length)
+        length = args.length or min(128, model.config.context // 2)
+        right = answer_file(model, encoding, args.questions, args.n, length)
         add("questions", os.path.basename(args.questions), sum(right) / len(right), n=len(right))
     elif args.shots:
         for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False, disable=None):
@@ -462,13 +483,16 @@ def measure(args, run, model, checkpoint):
                                   ("flops", checkpoint.get("flops", 0))):
                 add("tasks", column, value)
         for path_name, path in paths.items():
-            def place(column):      # table and column: a table of tasks, or a table a task, its columns paths
-                return (f"{column} by looped path", path_name) if args.loop else ("tasks", column)
-            for name, heldout in checkpoint["heldout"].items():
-                add(*place(f"loss {name}"), mean_loss(model, heldout, path))
+            scores = {f"loss {name}": {"value": mean_loss(model, heldout, path)}
+                      for name, heldout in checkpoint["heldout"].items()}
             for task in tqdm(args.tasks, desc=f"{run} {path_name}", leave=False, disable=None):
                 score = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
-                add(*place(task), score["accuracy"], **score)
+                scores[task] = {"value": score["accuracy"], **score}
+            for column, score in scores.items():    # one table of all tasks, or one each, its columns paths
+                if args.loop:
+                    add(f"{column} by looped path", path_name, **score)
+                else:
+                    add("tasks", column, **score)
     return rows
 
 
@@ -476,12 +500,11 @@ def sweep(args, run, model, encoding, add):
     """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even
     examples, and its accuracy on the odd ones, which did not choose it, beside the plain model's."""
     n_layer = model.config.n_layer
-    plain = model.config.path or list(range(n_layer))
     paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
              for start in range(n_layer - args.block + 1) for repeats in args.repeats}
     for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False, disable=None):
         examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
-        right = {key: is_right(model, examples, path) for key, path in {None: plain, **paths}.items()}
+        right = {key: is_right(model, examples, path) for key, path in {None: None, **paths}.items()}
         best = max(paths, key=lambda key: sum(right[key][::2]))
         for suffix, key in (("", None), (" best loop", best)):
             chosen, report = right[key][::2], right[key][1::2]
@@ -498,11 +521,12 @@ def print_tables(rows, detail=False):
     """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
     seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, chances = {}, {}                 # a cell: {seed: [rows]}, of all wordings unless --detail
+        cells, chances = {}, {}     # a cell: {seed: {wording: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
             model = row["model"] + row.get("suffix", "")
             column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
-            cells.setdefault(model, {}).setdefault(column, {}).setdefault(row["seed"], []).append(row)
+            seeds = cells.setdefault(model, {}).setdefault(column, {})
+            seeds.setdefault(row["seed"], {})[row["column"]] = row
             chances.setdefault(column, []).append(row.get("chance"))
         flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
         lines = [["", "seeds", *chances]]
@@ -527,11 +551,12 @@ def print_tables(rows, detail=False):
 
 
 def cell(column, by_seed, reference):
-    """A cell's text. by_seed: {seed: rows}; reference: training FLOPs of the baseline, or 0."""
+    """A cell's text. by_seed: {seed: {wording: row}}; reference: training FLOPs of the baseline, or 0."""
     if not by_seed:
         return "-"
-    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed.values()]
-    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in next(iter(by_seed.values())))
+    by_seed = [list(rows.values()) for rows in by_seed.values()]
+    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed]
+    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in by_seed[0])
     if column in ("depth", "params", "flops"):
         share = f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
         return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
@@ -556,15 +581,17 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, +-3.5%% at most)")
     parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="further paths")
-    parser.add_argument("--sweep", action="store_true", help="the best looped block for each task")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
+    others.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
+    others.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of examples")
+    others.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--block", type=int, default=2, help="--sweep: layers looped (default: train.py's 2)")
     parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4],
                         help="--sweep: extra visits (default: 1 2 4)")
-    parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
-    parser.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--draws", type=int, default=3, help="--finetune: draws of the examples (default: 3)")
-    parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
-    parser.add_argument("--length", type=int, default=128, help="--questions: longest answer (default: 128)")
+    parser.add_argument("--length", type=int, help="--questions: longest answer (default: 128, or half the "
+                                                   "context)")
     # where it goes
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
@@ -576,8 +603,10 @@ def main():
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
-    if args.n < 2 or min(args.draws, args.length, args.block) < 1 or min([0] + (args.shots or [])) < 0 \
-            or min([1] + (args.finetune or [])) < 1 or min(args.repeats) < 1:
+    if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
+        parser.error("--loop goes with tasks alone")
+    least = [args.draws, args.block, args.length or 1, *args.repeats, *(args.finetune or [])]
+    if args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:
         parser.error("-n must be at least 2; --draws, --length, --block, --repeats, --finetune at least 1; "
                      "--shots 0")
 

@@ -17,15 +17,11 @@ import dataclasses
 
 import torch
 
-from model import GPT, Parser, checkpoint_of, load_checkpoint, mean_loss, run_script, save_checkpoint
+from model import (GPT, Parser, check_path, checkpoint_of, load_checkpoint, loop_path, mean_loss, run_script,
+                   save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# growth operators: (stored layers, layers per block) -> path of n_layer + block visits
-
-def visit_again(n_layer, start, block):
-    """The path that visits layers start ... start + block - 1 a second time, directly behind the first."""
-    return list(range(start + block)) + list(range(start, n_layer))
-
+# growth operators: (stored layers, layers per block) -> path of n_layer + block visits, one block twice
 
 def check_blocks(n_layer, block):
     if block < 1 or n_layer < block or n_layer % block:
@@ -35,7 +31,7 @@ def check_blocks(n_layer, block):
 def stack(n_layer, block):
     """Gradual stacking: the last block once more, on top. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
-    return visit_again(n_layer, n_layer - block, block)
+    return loop_path(n_layer, n_layer - block, block, 1)
 
 
 def midas(n_layer, block):
@@ -43,14 +39,14 @@ def midas(n_layer, block):
     behind itself. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
     middle = (n_layer // block + 1) // 2            # ceil(n/2), counted from 1
-    return visit_again(n_layer, (middle - 1) * block, block)
+    return loop_path(n_layer, (middle - 1) * block, block, 1)
 
 
 def lidas(n_layer, block):
     """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied behind themselves (rounded
     down, for an odd block and an even number of blocks). Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
-    return visit_again(n_layer, (n_layer - block) // 2, block)
+    return loop_path(n_layer, (n_layer - block) // 2, block, 1)
 
 
 METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
@@ -58,30 +54,29 @@ METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 # -----------------------------------------------------------------------------
 # growing the weights, and the optimizer's state with them
 
+def parameters_along(model, path):
+    """{a parameter's name in the model grown along the path: the parameter of this one that it copies}"""
+    sources = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+    for visit, index in enumerate(path):
+        for name, p in model.layers[index].named_parameters():
+            sources[f"layers.{visit}.{name}"] = p
+    return sources
+
+
+@torch.no_grad()
 def grow(model, path):
     """An independent model with one layer per visit of the path: layer v of it is a copy of layer path[v].
 
     At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a
     path that is empty or visits a layer that does not exist.
     """
-    config = dataclasses.replace(model.config, path=list(path))         # checks the path
-    config = dataclasses.replace(config, n_layer=len(config.path), path=None)
-    grown = GPT(config).to(model.embed.weight.device, model.embed.weight.dtype)
-    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("layers.")}
-    for visit, index in enumerate(path):
-        for name, w in model.layers[index].state_dict().items():
-            weights[f"layers.{visit}.{name}"] = w
-    grown.load_state_dict(weights)                                      # copies: no storage is shared
+    path = check_path(path, model.config.n_layer)
+    grown = GPT(dataclasses.replace(model.config, n_layer=len(path), path=None))
+    grown.to(model.embed.weight.device, model.embed.weight.dtype)
+    sources = parameters_along(model, path)
+    for name, p in grown.named_parameters():
+        p.copy_(sources[name])                                          # no storage is shared
     return grown.train(model.training)
-
-
-def parameters_along(model, path):
-    """(parameter of the model grown along the path, named) -> the parameter that it was copied from."""
-    sources = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
-    for visit, index in enumerate(path):
-        for name, p in model.layers[index].named_parameters():
-            sources[f"layers.{visit}.{name}"] = p
-    return sources
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
@@ -203,7 +198,8 @@ def main():
     growth = checkpoint.get("growth", []) + [{"step": checkpoint.get("step", 0), "path": path}]
     save_checkpoint(args.out, checkpoint_of(grown, growth=growth, step=checkpoint.get("step", 0),
                                             **{k: checkpoint[k] for k in ("encoding", "heldout")}))
-    print(f"saved {args.out}; its optimizer starts afresh. Next: python loop.py {args.out} --prompt \"...\"")
+    print(f"saved {args.out}; it holds no optimizer, so train.py cannot go on with it. Next:\n"
+          f"  python loop.py {args.out} --prompt \"...\"")
 
 
 if __name__ == "__main__":

@@ -17,22 +17,8 @@ import shutil
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, mean_loss, read_json,
-                   run_script, save_checkpoint)
-
-
-def loop_path(n_layer, start, block, repeats):
-    """The path that visits layers start ... start + block - 1 `repeats` extra times; 0 is the plain model.
-
-    loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
-    """
-    if block < 1 or start < 0 or start + block > n_layer:
-        raise ValueError(f"no block of {block} layers at layer {start}: "
-                         f"the model has layers 0 to {n_layer - 1}")
-    if repeats < 0:
-        raise ValueError(f"repeats are the extra visits of the block, 0 or more, not {repeats}")
-    layers = list(range(n_layer))
-    return layers[:start] + layers[start:start + block] * (repeats + 1) + layers[start + block:]
+from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, loop_path, mean_loss,
+                   read_json, run_script, save_checkpoint)
 
 
 def parse_loop(text):
@@ -139,7 +125,8 @@ def main():
     parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
     parser.add_argument("--block", type=int, default=2, help="layers per block (default: 2, as train.py's)")
     parser.add_argument("--repeats", type=int, nargs="+",
-                        help="extra visits (default: 0 1 2 4)")
+                        help="extra visits; 0 visits each layer once, also one that was trained to loop "
+                             "(default: 0 1 2 4)")
     parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
     parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied")
     parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory; with one "
@@ -170,11 +157,8 @@ def main():
             model.config.n_layer, args.start, args.block, args.repeats[0])
         source = args.checkpoints[0] if os.path.isdir(args.checkpoints[0]) else None
         export(model, args.export, path, source)
-        encoding = checkpoint["encoding"]
-        name = encoding if isinstance(encoding, str) else "a Hugging Face directory's" if isinstance(
-            encoding, dict) else "a list of words"
         print(f"saved {args.export}: {len(path)} layers, " +
-              (f"with the tokenizer files of {source}" if source else f"without its tokenizer ({name})"))
+              (f"with the tokenizer files of {source}" if source else "without its tokenizer"))
         if model.config.separator is not None:
             print("Llama has no mask between documents: give it one document at a time")
         return

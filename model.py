@@ -82,6 +82,20 @@ def check_path(path, n_layer):
     return path
 
 
+def loop_path(n_layer, start, block, repeats):
+    """The path that visits layers start ... start + block - 1 `repeats` extra times; 0 is the plain model.
+
+    loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
+    """
+    if block < 1 or start < 0 or start + block > n_layer:
+        raise ValueError(f"no block of {block} layers at layer {start}: "
+                         f"the model has layers 0 to {n_layer - 1}")
+    if repeats < 0:
+        raise ValueError(f"repeats are the extra visits of the block, 0 or more, not {repeats}")
+    layers = list(range(n_layer))
+    return layers[:start] + layers[start:start + block] * (repeats + 1) + layers[start + block:]
+
+
 def rotate(x, cos, sin):
     """Rotary positions, half-split as in HF's Llama. x (batch, head, time, width), cos (time, width / 2)."""
     x1, x2 = x.float().chunk(2, dim=-1)
@@ -89,6 +103,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """places: cos, sin and mask, of GPT.places. slot: this visit's [keys, values] so far, filled in place."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
@@ -148,8 +164,8 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never
-        # learned with it. What is added to the residual stream is scaled down by the number of additions, at
-        # the model's final depth, so that a copied layer has the scale of the model it is copied into.
+        # learned with it. What is added to the residual stream is scaled down by the root of the number
+        # of additions, at the model's final depth, so that a copy has the scale of the model it grows into.
         std, depth = config.n_embd ** -0.5, config.init_depth or len(config.full_path)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -194,7 +210,7 @@ class GPT(nn.Module):
         """What attention has to know of the positions behind the first `seen`.
 
         -> cos, sin (time, head width / 2), and a mask (batch or 1, 1, time, seen + time) of the positions
-        that can be seen, or None where that is all before.
+        that can be seen, or None where that is every earlier one.
         """
         T = tokens.shape[1]
         mask = None
@@ -245,8 +261,9 @@ class GPT(nn.Module):
                  use_cache=True):
         """Continues tokens (batch, time) by up to max_new_tokens and returns all of them.
 
-        temperature 0 is greedy. stop: a token after which a row is only repeated, ending the call once every
-        row has it. Past the context, each step runs the last `context` tokens anew: every position has moved.
+        temperature 0 is greedy. stop: a row that has this token is filled with it, and the call ends once
+        every row has it. Past the context, each step runs the last `context` tokens anew: all positions have
+        moved.
         """
         was_training = self.training
         self.eval()
@@ -382,7 +399,7 @@ GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
 
 
-# Every byte of ordinary text. Vocabularies in use lack control characters and bytes that UTF-8 has not
+# Every byte of ordinary text. Vocabularies in use lack control characters and bytes that no text has
 TEXT_BYTES = {*b"\t\n\r", *range(32, 127), *range(128, 192), *range(194, 241)}
 
 
@@ -488,6 +505,12 @@ def load_encoding(spec):
                          f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it "
                          f"({type(error).__name__}: {error})"[:400])
 
+
+def token_dtype(encoding):
+    """The smallest type of whole numbers, as stored in files, that holds every token."""
+    return np.uint16 if encoding.max_token_value < 2 ** 16 else np.uint32
+
+
 def tokens_of(file):
     """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
     header = np.fromfile(file, dtype=np.int32, count=256)
@@ -577,7 +600,7 @@ def available_device(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows every default, and says what is wrong in one line."""
+    """argparse that says what is wrong in one line."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -608,7 +631,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Bad input ends in one line and exit code 2. All that is not the user's input keeps its traceback."""
+    """Bad input, or a disk that refuses, ends in one line and exit code 2; the rest keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -16,7 +16,6 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
      warm-up     constant           cooldown, linear to zero, with math
 """
 import functools
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -33,38 +32,31 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from grow import (METHODS, check_optimizer, constant_steps, flops_until, grow, grow_optimizer, learning_rate,
-                  peak_flops, stages, training_flops)
+from grow import (METHODS, constant_steps, flops_until, grow, grow_optimizer, learning_rate, peak_flops,
+                  stages, training_flops)
 from loop import parse_loop
 from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, load_encoding,
-                   mean_loss, run_script, save_atomically, save_checkpoint, tokens_of)
+                   mean_loss, run_script, save_atomically, save_checkpoint, token_dtype, tokens_of)
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
 
 def texts_of(file):
-    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError naming an unreadable line."""
-    number = 0
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
+    if file.endswith((".jsonl", ".jsonl.gz")):
+        for texts in evaluate.json_lines(file, ("text",), ("question", "answer")):
+            yield texts[0] if len(texts) == 1 else f"{evaluate.ask(texts[0])} {texts[1]}"
+    else:
         try:
-            if not file.endswith((".jsonl", ".jsonl.gz")):
+            with open(file, encoding="utf-8") as f:
                 yield f.read()
-                return
-            for number, line in enumerate(f, 1):
-                item = json.loads(line)
-                yield item["text"] if "text" in item else f"{evaluate.ask(item['question'])} {item['answer']}"
         except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{file}, line {number}: not a JSON object with a text, "
-                             "or a question and an answer")
-        except (EOFError, gzip.BadGzipFile):
-            raise ValueError(f"{file} is not a whole gzip file")
+            raise ValueError(f"{file} is not UTF-8 text")
 
 
 def encode(files, encoding, write):
     """Writes the tokens of all files, an end-of-text token before each document."""
-    dtype = np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32
+    dtype = token_dtype(encoding)
     for file in files:
         if file.endswith(".bin"):
             tokens = tokens_of(file)
@@ -87,7 +79,7 @@ def cached_rows(args, encoding, key, produce):
         save_atomically(file, lambda f: produce(f.write))
     if os.path.getsize(file) == 0:
         raise ValueError("there is no text in the files")
-    tokens = np.memmap(file, dtype=np.uint16 if encoding.n_vocab <= 2 ** 16 else np.uint32, mode="r")
+    tokens = np.memmap(file, dtype=token_dtype(encoding), mode="r")
     return tokens[:len(tokens) // (args.context + 1) * (args.context + 1)].reshape(-1, args.context + 1)
 
 
@@ -106,10 +98,10 @@ def file_stream(args, encoding, files):
 def world_stream(args, encoding, stream, n):
     """-> n training rows, 64 held-out rows of the built-in world."""
     def rows(n, heldout):
-        def write(n):
+        def made(n):
             return evaluate.world_rows(encoding, args.context, n, stream, heldout, seed=0).tobytes()
         # the first rows in the key: another world or another encoding is another file
-        return cached_rows(args, encoding, (stream, n, heldout, write(8)), lambda f: f(write(n)))
+        return cached_rows(args, encoding, (stream, n, heldout, made(8)), lambda write: write(made(n)))
     return rows(n, False), rows(64, True)
 
 
@@ -175,7 +167,6 @@ def grow_by_one_block(model, optimizer, args):
     path = METHODS[args.method](model.config.n_layer, args.block)
     grown = grow(model, path)
     new_optimizer = grow_optimizer(optimizer, make_optimizer(grown, args), model, grown, path)
-    check_optimizer(new_optimizer, grown)
     return grown, new_optimizer, path
 
 # -----------------------------------------------------------------------------
@@ -201,9 +192,9 @@ def read_args():
                                        "the middle quarter twice, 2-2x2-2 for 8 layers)")
     parser.add_argument("--alpha", type=float, default=1.0, help="PROP-alpha: more steps later (default: 1)")
     parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
-    parser.add_argument("--heads", type=int, help="heads, at least 32 wide or nothing is copied (default: 2)")
+    parser.add_argument("--heads", type=int, help="each at least 32 wide, or nothing is copied (default: 2)")
     parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
-    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 4 examples; CUDA: 512)")
+    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 3 puzzles; CUDA: 512)")
     # the schedule
     parser.add_argument("--steps", type=int, help="all of them (default: 6000, minutes; CUDA: 2000)")
     parser.add_argument("--batch", type=int, help="rows a step, over all GPUs (default: 4: many small steps "
@@ -233,17 +224,21 @@ def read_args():
 
     args = parser.parse_args()
     checkpoint = None
+    if args.init and not args.out:
+        raise ValueError("--init needs --out: a folder for this cooldown")
     args.out = args.out or os.path.join("out", args.method)
     latest = os.path.join(args.out, "ckpt.pt")
     if args.resume and not os.path.exists(latest):
         raise ValueError(f"nothing to resume: there is no {latest}")
     if not args.resume and os.path.exists(latest):
         raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    if args.resume or args.init:        # what is not given is as in that run; what is given must fit it
+    if args.resume or args.init:        # its arguments become the defaults, and what is given must fit them
         model, checkpoint = load_checkpoint(latest if args.resume else args.init, args.device)
         saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in ("out", "resume", "init")}
         if not saved or "optimizer" not in checkpoint:
             raise ValueError(f"{latest if args.resume else args.init} was not written by train.py")
+        if args.init and args.math and not args.resume:
+            saved["math_share"] = None                      # of a run that had no math, perhaps
         parser.set_defaults(**{**saved, "device": args.device, "compile": args.compile})
         given = parser.parse_args()
         changed = [k for k in saved if k not in (MAY_DIFFER if args.resume else MAY_BRANCH)
@@ -279,6 +274,8 @@ def check(args):
         raise ValueError("--steps less the cooldown must leave a step; "
                          "--weight-decay and --seed must be 0 or more")
     if args.method == "looped":
+        if not args.loop and args.layers < 3:
+            raise ValueError(f"--method looped needs 3 layers or more, not {args.layers}, or its own --loop")
         quarter = max(1, (args.layers or 0) // 4)
         args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"
         depth = len(parse_loop(args.loop)[1])
@@ -305,7 +302,7 @@ def check(args):
 
 def open_streams(args, encoding):
     """-> training rows of each stream, held-out rows of each stream."""
-    n = args.steps * args.batch         # the world writes as much as the run reads: no row is seen twice
+    n = args.steps * args.batch         # the world writes as much as the run reads
     if args.data:
         general = file_stream(args, encoding, args.data)
         math_ = file_stream(args, encoding, args.math) if args.math else None
@@ -342,13 +339,13 @@ def main():
 
     # ---- the data
     spec = checkpoint["encoding"] if checkpoint else args.encoding
-    encoding = load_encoding(evaluate.world_words() if spec == "world" else spec)
-    if rank == 0:
-        streams, heldout = open_streams(args, encoding)     # writes the token files
-    if world_size > 1:
-        dist.barrier()
+    spec = evaluate.world_words() if spec == "world" else spec
+    encoding = load_encoding(spec)
     if rank > 0:
-        streams, heldout = open_streams(args, encoding)
+        dist.barrier()          # the first one writes the token files
+    streams, heldout = open_streams(args, encoding)
+    if rank == 0 and world_size > 1:
+        dist.barrier()
 
     # ---- the model, new or as it was saved
     start, log, growth = 0, [], []
@@ -356,31 +353,31 @@ def main():
         model = build(args, encoding)
     else:
         start, log, growth = checkpoint["step"], checkpoint["log"], checkpoint["growth"]
-        if args.loop and model.config.path is None:         # --init: from here on the middle block loops
+        if args.loop:           # with --init: from here on the middle block loops
             n_layer, path = parse_loop(args.loop)
             if n_layer != model.config.n_layer:
                 raise ValueError(f"--loop {args.loop} is of {n_layer} layers, "
                                  f"the model has {model.config.n_layer}")
             model.config.path = path
+    model.to(args.device)       # of this process
     optimizer = make_optimizer(model, args)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
     compiled = will_compile(args, say)
     training = prepare(model, args, compiled, world_size > 1)
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, args.device.startswith("cuda"))
-    peak, plain = peak_flops(args.device), args.batch * args.context * args.steps
-    plain = training_flops(model.config, plain, path=range(stages(args)[-1][1]))    # of the final depth
+    plan, peak = stages(args), peak_flops(args.device)
     total = flops_until(args, model.config, args.steps)
-    say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in stages(args)[:-1])}"
+    plain = training_flops(model.config, args.steps * args.batch * args.context, path=range(args.depth))
+    say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in plan[:-1])}"
         f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context}"
         f" tokens on {args.device}, {total:.2e} FLOPs = {total / plain:.0%} of a plain model's "
-        f"of depth {stages(args)[-1][1]}")
+        f"of depth {args.depth}")
 
     def save(name, step):
         flops = flops_until(args, model.config, step)
         save_checkpoint(os.path.join(args.out, name), checkpoint_of(
-            model, encoding=spec if isinstance(spec, list) or spec != "world" else evaluate.world_words(),
-            heldout=heldout, args=vars(args), step=step, log=log, growth=growth,
+            model, encoding=spec, heldout=heldout, args=vars(args), step=step, log=log, growth=growth,
             optimizer=optimizer.state_dict(), flops=flops))
         save_atomically(os.path.join(args.out, "log.jsonl"),
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
@@ -408,7 +405,7 @@ def main():
 
     # ---- training
     constant = constant_steps(args)
-    growing = {step for step, _ in stages(args)[1:-1]}
+    growing = {step for step, _ in plan[1:-1]}
     reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
     signals = []
 
@@ -475,18 +472,19 @@ def finish(model, args, encoding):
     print("\na sample:\n" + encoding.decode([token for token in text if token != encoding.eot_token]))
     if not args.data:
         print("\nright, of 200 held-out questions (chance in brackets):")
-        for task in evaluate.FAMILIES_AT_THE_END:
+        for task in evaluate.TASKS_AT_THE_END:
             try:
                 score = evaluate.accuracy(model, encoding, task)
                 print(f"  {task:<14} {score['accuracy']:>6.1%} ({score['chance']:.0%})")
             except ValueError as error:         # a short context
                 print(f"  {error}")
     file = os.path.join(args.out, "ckpt.pt")
-    middle = (model.config.n_layer - args.block) // 2
     print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
-          f"  python signatures.py {file}\n  python train.py --init {os.path.join(args.out, 'stable.pt')} "
-          f"--loop {middle}-{args.block}x2-{model.config.n_layer - middle - args.block} "
-          f"--out {args.out}-loop")
+          f"  python signatures.py {file}")
+    if os.path.exists(stable := os.path.join(args.out, "stable.pt")):
+        middle = (model.config.n_layer - args.block) // 2
+        print(f"  python train.py --init {stable} --loop {middle}-{args.block}x2-"
+              f"{model.config.n_layer - middle - args.block} --out {args.out}-loop")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "valu
 
 def test_tables_are_printed_from_rows(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS + ROWS))     # the second time counts once
     result = script("evaluate.py", "--table", file)
     assert result.returncode == 0, result.stderr
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
@@ -241,7 +241,8 @@ def test_questions_from_a_file(trained, tmp_path):
 
 
 @pytest.mark.parametrize("command", [[], ["none.pt"], ["--tasks", "juggling"], ["-n", 0], ["--loop", "1,2"],
-                                     ["--loop", "9,9,9"], ["--table", "none.jsonl"]])
+                                     ["--loop", "9,9,9"], ["--table", "none.jsonl"],
+                                     ["--shots", 1, "--sweep"], ["--shots", 1, "--loop", "2,2,1"]])
 def test_bad_input_ends_in_one_line(command, trained):
     checkpoint = [] if command in ([], ["none.pt"]) or "--table" in command else [trained / "ckpt.pt"]
     result = script("evaluate.py", *checkpoint, *command)

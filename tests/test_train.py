@@ -172,6 +172,21 @@ def test_another_cooldown_from_the_end_of_the_constant_phase(trained, tmp_path, 
     assert run_main(monkeypatch, "--out", looped, "--resume") == 0      # nothing left to do
 
 
+def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_path, monkeypatch, capsys):
+    """Each of these once trained something else than was asked for, in silence."""
+    one, two, three, four = (tmp_path / name for name in ("one", "two", "three", "four"))
+    assert run_main(monkeypatch, *TINY_RUN, "--method", "looped", "--steps", 10, "--out", one) == 0
+    assert weights(one)["config"]["path"] == [0, 1, 1, 2, 3, 4]
+    assert run_main(monkeypatch, "--init", one / "stable.pt", "--loop", "2-1x2-2", "--out", two) == 0
+    assert weights(two)["config"]["path"] == [0, 1, 2, 2, 3, 4]
+    text = bad_file(tmp_path, "text.txt", b"some words and more of them " * 99)
+    assert run_main(monkeypatch, *TINY_RUN, "--data", text, "--encoding", "world", "--steps", 10,
+                    "--out", three) == 0
+    assert run_main(monkeypatch, "--init", three / "stable.pt", "--math", text, "--out", four) == 0
+    assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
+    assert run_main(monkeypatch, "--init", one / "stable.pt") == 2 and "--out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["baseline", "midas", "stack", "looped"])
 def test_every_method_runs(method, tmp_path, monkeypatch):
     out = tmp_path / method
@@ -297,6 +312,8 @@ BAD = {
                                "world"], "line 2"),
     "line without text": (lambda d: ["--data", bad_file(d, "n.jsonl", b'{"body": "a"}\n'), "--encoding",
                                      "world"], "line 1"),
+    "text that is none": (lambda d: ["--data", bad_file(d, "z.jsonl", b'{"text": null}'), "--encoding",
+                                     "world"], "line 1"),
     "not UTF-8": (lambda d: ["--data", bad_file(d, "u.txt", b"\xff\xfe\x00a"), "--encoding", "world"],
                   "UTF-8"),
     "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]),
@@ -306,6 +323,7 @@ BAD = {
     "math without data": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "--data"),
     "no loop": (lambda d: ["--method", "looped", "--loop", "2x"], "e-LxK-d"),
     "loop against layers": (lambda d: ["--method", "looped", "--loop", "2x2"], "contradicts"),
+    "nothing to loop": (lambda d: ["--method", "looped", "--layers", 2], "3 layers"),
     "loop with growth": (lambda d: ["--loop", "2-2x2-2"], "--method looped"),
     "too few steps": (lambda d: ["--steps", 2], "too few"),
     "no number": (lambda d: ["--lr", "fast"], "invalid float"),
