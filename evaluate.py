@@ -536,18 +536,23 @@ def print_tables(rows, detail=False):
         if any(chance is not None for column in chances.values() for chance in column):
             lines.append(["chance", ""] + ["" if None in column else f"{100 * statistics.mean(column):.0f}"
                                            for column in chances.values()])
-        first, *widths = [max(map(len, column)) for column in zip(*lines)]
-        bands, room = [], 0                     # columns that stand side by side in 110 characters
-        for i, width in enumerate(widths):
-            room -= 2 + width
-            if room < 0:
-                bands, room = bands + [[]], 110 - first - 2 - width
-            bands[-1].append(i)
         print(f"\n{table}")
-        for n, band in enumerate(bands):
-            print("\n" * (n > 0), end="")
-            for name, *texts in lines:
-                print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
+        print_columns(lines)
+
+
+def print_columns(lines, room=110):
+    """Prints lists of texts in columns, all with the first one; those that do not fit the room go below."""
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
+    bands, left = [], 0                         # of columns that stand side by side
+    for i, width in enumerate(widths):
+        left -= 2 + width
+        if left < 0:
+            bands, left = bands + [[]], room - first - 2 - width
+        bands[-1].append(i)
+    for n, band in enumerate(bands):
+        print("\n" * (n > 0), end="")
+        for name, *texts in lines:
+            print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
 
 
 def cell(column, by_seed, reference):
