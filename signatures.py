@@ -113,6 +113,13 @@ def late_half_share(curve):
     return (late / curve.sum()).item()
 
 
+def late_over_middle(curve):
+    """Mean of the last third of visits over that of the middle third: above 1 where the late ones count more.
+    First visits are large in any model and hide this in a depth score. A choice of this project."""
+    _, middle, late = curve.tensor_split(3)
+    return (late.mean() / middle.mean()).item()
+
+
 @torch.no_grad()
 def early_exit(model, tokens, path=None):
     """The logit lens: the output head on the stream before each visit (and, last, behind all of them).
@@ -235,6 +242,9 @@ def numbers(models, block):
         add("depth score, 0.5 for a flat curve", column, lambda c: depth_score(c[column]), models)
         add("share of the later half, 0.5 for a flat curve", column, lambda c: late_half_share(c[column]),
             models)
+    for column in ("attention", "mlp", "update", "skip_later", "skip_output"):
+        add("late over middle: the last third of visits over the middle third", column,
+            lambda c: late_over_middle(c[column]), models)
     for curve in ("attention", "mlp", "cos_attention", "skip_output"):
         for lag in range(1, min(len(model["path"]) for model in models) // 2 + 1):
             add(f"periodicity of {curve}: autocorrelation by lag (* the block)",
@@ -279,8 +289,8 @@ def plot(file, models):
     for axis, name in zip(axes[1], names):
         axis.set_visible(True)
         group = torch.stack([model["curves"]["skip_effects"] for model in models if model["name"] == name])
-        axis.imshow(group.mean(0).T.clamp(max=1), origin="lower", vmin=0, vmax=1)
-        axis.set(title=f"{name}: effect", xlabel="skipped visit", ylabel="on visit")
+        axis.imshow(group.mean(0).T.log10(), origin="lower", vmin=-1, vmax=1.5)
+        axis.set(title=f"{name}: log10 effect", xlabel="skipped visit", ylabel="on visit")
     figure.savefig(file, dpi=150)
 
 # -----------------------------------------------------------------------------
