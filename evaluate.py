@@ -328,14 +328,19 @@ def prompt_with_shots(task, rng, shots):
     return before + prompt, answer
 
 
+def encode_example(encoding, prompt, answer):
+    """-> tokens of the prompt, which begins a document, and of the answer."""
+    return [encoding.eot_token] + encoding.encode_ordinary(prompt), encoding.encode_ordinary(answer)
+
+
 def encode_examples(task, encoding, context, n, shots=5, seed=0):
     """n examples of a task -> [(prompt tokens, answer tokens), ...], shots: as many as the longest fits."""
     while shots >= 0:
         rng, examples = random.Random(f"{seed} {task}"), []
         for _ in range(n):
-            prompt, answer = map(encoding.encode_ordinary, prompt_with_shots(task, rng, shots))
-            examples.append(([encoding.eot_token] + prompt, answer))
-            if 1 + len(prompt) + len(answer) > context:
+            prompt, answer = encode_example(encoding, *prompt_with_shots(task, rng, shots))
+            examples.append((prompt, answer))
+            if len(prompt) + len(answer) > context:
                 break
         else:
             return examples, shots
@@ -383,9 +388,7 @@ def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, see
     shots; the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
     tuned = copy.deepcopy(model).train()
     rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
-    pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
-    pairs = [([encoding.eot_token] + encoding.encode_ordinary(p), encoding.encode_ordinary(a))
-             for p, a in pairs]
+    pairs = [encode_example(encoding, *example(task, rng, heldout=False)) for _ in range(n_train)]
     tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
     tokens, targets = (x.to(device) for x in padded(pairs))     # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
