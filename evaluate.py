@@ -37,7 +37,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import loop_path, parse_repeats
-from model import PIECES, Parser, load_checkpoint, load_encoding, mean_loss, run_script, token_dtype
+from model import (PIECES, Parser, continue_text, load_checkpoint, load_encoding, mean_loss, run_script,
+                   token_dtype)
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -433,15 +434,9 @@ def json_lines(file, *layouts):
 
 def answer_file(model, encoding, file, n, max_new_tokens):
     """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`."""
-    room, right = model.config.context - max_new_tokens - 1, []     # for the end of the question
-    if room < 1:
-        raise ValueError(f"answers of {max_new_tokens} tokens leave no room for a question in the context of "
-                         f"{model.config.context}: give a smaller --length")
+    right = []
     for question, answer in json_lines(file, ("question", "answer")):
-        tokens = [encoding.eot_token] + encoding.encode_ordinary(ask(question))[-room:]
-        tokens = torch.tensor([tokens], device=model.embed.weight.device)
-        new = model.generate(tokens, max_new_tokens, temperature=0, stop=encoding.eot_token)
-        text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
+        text = continue_text(model, encoding, ask(question), max_new_tokens)
         right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
         if len(right) == n:
             break

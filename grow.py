@@ -83,14 +83,19 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     """Gives the grown model's optimizer the moments and step counts of the small model's, along the path.
 
     new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups. The papers do not
-    say what happens to the moments; they are copied here like the weights, so that the first step after
-    growth is scaled as those before it. Raises ValueError unless it holds exactly the grown parameters.
+    say what happens to the moments; they follow the path here like the weights, so that the first step after
+    growth is scaled as those before it. A layer's first visit takes its moments, further ones get copies, so
+    that growth needs less memory than a step of the deeper model; the small model's optimizer is left empty.
+    Raises ValueError unless new_optimizer holds exactly the grown parameters.
     """
     check_optimizer(new_optimizer, grown)
-    targets = dict(grown.named_parameters())
+    targets, taken = dict(grown.named_parameters()), set()
     for name, source in parameters_along(model, path).items():
         if source in optimizer.state:
-            new_optimizer.state[targets[name]] = copy.deepcopy(optimizer.state[source])
+            state = optimizer.state[source]
+            new_optimizer.state[targets[name]] = copy.deepcopy(state) if source in taken else state
+            taken.add(source)
+    optimizer.state.clear()
     return new_optimizer
 
 

@@ -17,8 +17,8 @@ import shutil
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, llama_names, load_checkpoint, load_encoding, loop_path, mean_loss,
-                   read_json, run_script, save_checkpoint)
+from model import (Parser, checkpoint_of, continue_text, llama_names, load_checkpoint, load_encoding,
+                   loop_path, mean_loss, read_json, run_script, save_checkpoint)
 
 
 def parse_loop(text):
@@ -92,15 +92,12 @@ def export(model, folder, path=None, source=None):
 def show(model, checkpoint, args):
     """The same prompt continued at each repeat count, with the held-out loss there."""
     encoding = load_encoding(checkpoint["encoding"])
-    device = model.embed.weight.device
-    tokens = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(args.prompt)], device=device)
     for repeats in args.repeats:
         path = loop_path(model.config.n_layer, args.start, args.block, repeats)
         losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}"
                            for name, rows in checkpoint["heldout"].items())
         torch.manual_seed(args.seed)
-        new = model.generate(tokens, args.length, path, args.temperature, stop=encoding.eot_token)
-        text = encoding.decode([t for t in new[0, tokens.shape[1]:].tolist() if t != encoding.eot_token])
+        text = continue_text(model, encoding, args.prompt, args.length, path, args.temperature)
         print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\n"
               f"held-out loss: {losses}")
         print(f"{args.prompt}|{text}")

@@ -304,6 +304,15 @@ def mean_loss(model, rows, path=None, batch=16):
     model.train(was_training)
     return total / len(rows)
 
+
+def continue_text(model, encoding, text, length, path=None, temperature=0.0):
+    """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
+    where the document does."""
+    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
+                         stop=encoding.eot_token)[0, len(tokens):].tolist()
+    return encoding.decode([token for token in new if token != encoding.eot_token])
+
 # -----------------------------------------------------------------------------
 # Hugging Face's Llama directories: the same architecture, with q, k, v and gate, up in matrices of their own
 
@@ -538,9 +547,11 @@ def save_atomically(file, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(part):
             os.remove(part)
+        if isinstance(error, OSError):
+            raise OSError(f"{file} could not be written: {error}")
         raise
 
 

@@ -35,7 +35,7 @@ import evaluate
 from grow import (METHODS, constant_steps, flops_until, grow, grow_optimizer, learning_rate, peak_flops,
                   stages, training_flops)
 from loop import parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, load_encoding,
+from model import (GPT, GPTConfig, Parser, checkpoint_of, continue_text, load_checkpoint, load_encoding,
                    mean_loss, run_script, save_atomically, save_checkpoint, token_dtype, tokens_of)
 
 # -----------------------------------------------------------------------------
@@ -467,9 +467,7 @@ def main():
 def finish(model, args, encoding):
     """A sample, the accuracies on a few tasks, and what to run next."""
     torch.manual_seed(args.seed)
-    prompt = torch.tensor([[encoding.eot_token]], device=args.device)
-    text = model.generate(prompt, 80, temperature=0.8, stop=encoding.eot_token)[0, 1:].tolist()
-    print("\na sample:\n" + encoding.decode([token for token in text if token != encoding.eot_token]))
+    print("\na sample:\n" + continue_text(model, encoding, "", 80, temperature=0.8))
     if not args.data:
         print("\nright, of 200 held-out questions (chance in brackets):")
         for task in evaluate.TASKS_AT_THE_END:

@@ -91,16 +91,18 @@ def main():
     config = GPTConfig(**{**shape, "context": max(512, config.context)})
     model = GPT(config).to(device).eval()
     looped = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1)
-    print(f"\n{'generation to 512 tokens':<34}{'tokens/s':>12}")
+    print(f"\n{'generation to 512 tokens':<34}{'tokens/s':>12}{'last 16':>10}")
     for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
                               ("looped, cached", looped, True), ("looped, not cached", looped, False)):
-        prompt = torch.zeros(1, 16, dtype=torch.long, device=device)
-        model.generate(prompt, 4, path, use_cache=cache)
-        time_taken = seconds(lambda: model.generate(prompt, 496, path, use_cache=cache), device, 1, warmup=0)
-        print(f"{name:<34}{496 / time_taken:>12,.0f}", flush=True)
+        def taken(prompt, new):
+            prompt = torch.zeros(1, prompt, dtype=torch.long, device=device)
+            return seconds(lambda: model.generate(prompt, new, path, use_cache=cache), device, 1, warmup=0)
+        taken(16, 4)
+        print(f"{name:<34}{496 / taken(16, 496):>12,.1f}{16 / (taken(496, 17) - taken(496, 1)):>10,.1f}",
+              flush=True)
 
     rows = torch.randint(config.vocab_size, (8, 129))
-    time_taken = seconds(lambda: all_signatures(model, rows, 2), device, 1)
+    time_taken = seconds(lambda: all_signatures(model, rows, 2), device, 1, warmup=0)
     print(f"\nall signatures, 8 rows of 128 tokens: {time_taken:.1f} s")
 
 

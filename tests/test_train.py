@@ -151,6 +151,19 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
     assert same_weights(weights(tmp_path / "run"), weights(trained))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
+    """The system refuses what is larger than the checkpoints of 4 layers, in the middle of writing one of 6."""
+    import resource
+    out, limit = tmp_path / "run", os.path.getsize(trained / "ckpt.pt") * 9 // 10
+    result = script("train.py", *TINY_RUN, "--out", out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2 and "ckpt.pt could not be written" in result.stderr, result.stderr
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl"] and weights(out)["step"] == 10
+    assert script("train.py", "--out", out, "--resume").returncode == 0
+    assert same_weights(weights(out), weights(trained))
+
+
 def test_two_processes_equal_one(trained, tmp_path):
     """DDP that is not rebuilt after growth trains the new layers on each rank apart, or not at all."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577",
