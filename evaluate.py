@@ -22,12 +22,14 @@ Here is an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|
 """
 import copy
 import gzip
+import itertools
 import json
 import os
 import random
 import re
 import statistics
 import string
+import sys
 import zlib
 from collections import Counter
 
@@ -362,6 +364,7 @@ def is_right(model, examples, path=None, batch=32):
     """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer) tokens.
 
     In one forward pass: an answer is right when each token of it is the arg-max given the true ones before.
+    What follows is not looked at: with tokens of one digit each (SmolLM's), 14 counts where 1 is asked.
     """
     was_training = model.training
     model.eval()
@@ -377,11 +380,15 @@ def is_right(model, examples, path=None, batch=32):
 
 
 def accuracy(model, encoding, task, n=200, shots=5, path=None, seed=0):
-    """Exact match on n held-out examples -> dict: accuracy, its standard error, n, chance, shots that fit."""
+    """Exact match on n held-out examples -> dict: value, se (standard error), n, chance, shots that fit."""
     examples, shots = encode_examples(task, encoding, model.config.context, n, shots, seed)
-    mean = sum(is_right(model, examples, path)) / n
-    se = (mean * (1 - mean) / n) ** 0.5
-    return {"accuracy": mean, "se": se, "n": n, "chance": TASKS[task][2], "shots": shots}
+    return {**proportion(is_right(model, examples, path)), "chance": TASKS[task][2], "shots": shots}
+
+
+def proportion(right):
+    """A list of bools -> dict: value (their mean), its standard error, their number."""
+    mean = sum(right) / len(right)
+    return {"value": mean, "se": (mean * (1 - mean) / len(right)) ** 0.5, "n": len(right)}
 
 
 def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
@@ -407,8 +414,8 @@ def final_answer(text):
     """What counts of an answer: the part behind GSM8K's ####, else the last number, else all of it."""
     if "####" in text:
         text = text.split("####")[1].strip().split("\n")[0]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return numbers[-1].replace(",", "").rstrip(".") if numbers else text.strip()
+    numbers = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", text)
+    return re.sub(r"\.0+$", "", numbers[-1].replace(",", "")) if numbers else text.strip()
 
 
 def json_lines(file, *layouts):
@@ -425,7 +432,7 @@ def json_lines(file, *layouts):
                 yield texts
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
-        except (EOFError, gzip.BadGzipFile):
+        except (EOFError, gzip.BadGzipFile, zlib.error):
             raise ValueError(f"{file} is not a whole gzip file")
         except (ValueError, AttributeError, StopIteration):
             raise ValueError(f"{file}, line {number}: not a JSON object with " +
@@ -433,15 +440,22 @@ def json_lines(file, *layouts):
 
 
 def answer_file(model, encoding, file, n, max_new_tokens):
-    """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`."""
-    right = []
-    for question, answer in json_lines(file, ("question", "answer")):
-        text = continue_text(model, encoding, ask(question), max_new_tokens)
+    """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`, the
+    first n of them, or all -> list of bools. A question that fills the context by itself counts as wrong."""
+    right, too_long = [], 0
+    lines = itertools.islice(json_lines(file, ("question", "answer")), n)
+    for number, (question, answer) in enumerate(tqdm(lines, desc="questions", leave=False, disable=None), 1):
+        if not final_answer(answer):
+            raise ValueError(f"{file}, line {number}: the answer is empty")
+        room = model.config.context - 1 - len(encoding.encode_ordinary(ask(question)))
+        too_long += room < 1
+        text = continue_text(model, encoding, ask(question), min(max_new_tokens, room)) if room > 0 else ""
         right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
-        if len(right) == n:
-            break
     if not right:
         raise ValueError(f"{file} holds no questions")
+    if too_long:
+        tqdm.write(f"{too_long} of {len(right)} questions fill the context of {model.config.context} tokens "
+                   f"and count as wrong", file=sys.stderr)
     return right
 
 # -----------------------------------------------------------------------------
@@ -449,29 +463,29 @@ def answer_file(model, encoding, file, n, max_new_tokens):
 
 def measure(args, run, model, checkpoint):
     """All that was asked for, of one model -> rows without the model's name."""
-    encoding = load_encoding(checkpoint["encoding"])
+    encoding = load_encoding(checkpoint["encoding"]) if args.tasks or args.questions else None
     paths = {"plain": None} | {loop: parse_repeats(loop, model.config.n_layer) for loop in args.loop}
     rows = []
 
-    def add(table, column, value, suffix="", **more):
-        rows.append({"table": table, "suffix": suffix, "column": column, "value": value, **more})
+    def add(table, column, suffix="", **score):
+        rows.append({"table": table, "suffix": suffix, "column": column, **score})
 
     if args.questions:
         length = args.length or min(128, model.config.context // 2)
         right = answer_file(model, encoding, args.questions, args.n, length)
-        add("questions", os.path.basename(args.questions), sum(right) / len(right), n=len(right))
+        add("questions", os.path.basename(args.questions), **proportion(right))
     elif args.shots:
         for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False, disable=None):
             for shots in args.shots:
                 score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
-                if score["shots"] == shots:         # else they do not fit the context
-                    add(f"{task}: accuracy by number of shots", str(shots), score["accuracy"], **score)
+                if score.pop("shots") == shots:     # else they do not fit the context
+                    add(f"{task}: accuracy by number of shots", str(shots), **score)
     elif args.finetune:
         for task in args.tasks:
             for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning", leave=False, disable=None):
                 draws = [finetune(model, encoding, task, n_train, args.n, seed=i) for i in range(args.draws)]
                 add(f"{task}: accuracy by number of fine-tuning examples", str(n_train),
-                    statistics.mean(draws), n=args.n, chance=TASKS[task][2], draws=args.draws)
+                    value=statistics.mean(draws), n=args.n, chance=TASKS[task][2], draws=draws)
     elif args.sweep:
         sweep(args, run, model, encoding, add)
     else:
@@ -479,13 +493,12 @@ def measure(args, run, model, checkpoint):
             for column, value in (("depth", len(model.config.full_path)),
                                   ("params", sum(p.numel() for p in model.parameters())),
                                   ("flops", checkpoint.get("flops", 0))):
-                add("tasks", column, value)
+                add("tasks", column, value=value)
         for path_name, path in paths.items():
             scores = {f"loss {name}": {"value": mean_loss(model, heldout, path)}
                       for name, heldout in checkpoint["heldout"].items()}
             for task in tqdm(args.tasks, desc=f"{run} {path_name}", leave=False, disable=None):
-                score = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
-                scores[task] = {"value": score["accuracy"], **score}
+                scores[task] = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
             for column, score in scores.items():    # one table of all tasks, or one each, its columns paths
                 if args.loop:
                     add(f"{column} by looped path", path_name, **score)
@@ -498,19 +511,21 @@ def sweep(args, run, model, encoding, add):
     """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even
     examples, and its accuracy on the odd ones, which did not choose it, beside the plain model's."""
     n_layer = model.config.n_layer
+    if args.block > n_layer:
+        raise ValueError(f"{run} has {n_layer} layers, no block of {args.block}")
     paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
              for start in range(n_layer - args.block + 1) for repeats in args.repeats}
     for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False, disable=None):
         examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
         right = {key: is_right(model, examples, path) for key, path in {None: None, **paths}.items()}
         best = max(paths, key=lambda key: sum(right[key][::2]))
-        for suffix, key in (("", None), (" best loop", best)):
-            chosen, report = right[key][::2], right[key][1::2]
-            add("sweep", task, sum(report) / len(report), suffix, n=len(report), shots=shots,
-                chance=TASKS[task][2], start_repeats=key, chosen_at=sum(chosen) / len(chosen))
+        for suffix, key in (("", None), (f" best loop of {args.block}", best)):
+            add("sweep", task, suffix, **proportion(right[key][1::2]), chance=TASKS[task][2], shots=shots,
+                start_repeats=key, chosen_at=proportion(right[key][::2])["value"])
 
 
 def append_rows(file, rows):
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -519,21 +534,23 @@ def print_tables(rows, detail=False):
     """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
     seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, chances = {}, {}     # a cell: {seed: {wording: row}}: what is measured again counts once
+        cells, columns = {}, {}     # a cell: {seed: {wording: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
             model = row["model"] + row.get("suffix", "")
             column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
             seeds = cells.setdefault(model, {}).setdefault(column, {})
             seeds.setdefault(row["seed"], {})[row["column"]] = row
-            chances.setdefault(column, []).append(row.get("chance"))
+            columns.setdefault(column, []).append(row)
         flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
-        lines = [["", "seeds", *chances]]
-        for model, columns in cells.items():
-            lines.append([model, str(len(set().union(*columns.values())))] + [
-                cell(column, columns.get(column, {}), max(flops, default=0)) for column in chances])
-        if any(chance is not None for column in chances.values() for chance in column):
-            lines.append(["chance", ""] + ["" if None in column else f"{100 * statistics.mean(column):.0f}"
-                                           for column in chances.values()])
+        lines = [["", "seeds", *columns]]
+        for model, by_column in cells.items():
+            lines.append([model, str(len(set().union(*by_column.values())))] + [
+                cell(column, by_column.get(column, {}), max(flops, default=0)) for column in columns])
+        for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
+            found = [{round(scale * row[key]) for row in column if key in row} for column in columns.values()]
+            if any(found):
+                lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else ""
+                                          for x in found])
         print(f"\n{table}")
         print_columns(lines)
 
@@ -569,20 +586,46 @@ def cell(column, by_seed, reference):
 
 # -----------------------------------------------------------------------------
 
-def label(file, checkpoint):
-    """A model's name in a table: its run's folder, less the seed at its end, so that seeds share a line."""
-    seed = checkpoint.get("args", {}).get("seed", 0)
-    folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
-    name = os.path.basename(file)
-    return re.sub(rf"-s?{seed}$", "", folder) + ("" if name == "ckpt.pt" else f"/{name}"), seed
+def load_labelled(args):
+    """The models of a command -> [(file, name, seed, model, checkpoint), ...]. The name, of a line in tables,
+    is that of the run's folder less the seed at its end, so that runs that differ in the seed share a line.
+    Raises ValueError where others would."""
+    loaded, files, depths = [], {}, {}
+    for file in args.checkpoints:
+        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
+        seed = checkpoint.get("args", {}).get("seed", 0)
+        folder, name = os.path.split(os.path.abspath(file))
+        if os.path.isfile(file):
+            name = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{name}".replace("/ckpt.pt", "")
+        other, depth = files.setdefault((name, seed), file), len(model.config.full_path)
+        if other != file or depths.setdefault(name, depth) != depth:
+            raise ValueError(f"{other} and {file} would share the line {name} of a table: they must be of one "
+                             f"depth, with seeds of their own")
+        loaded.append((file, name, seed, model, checkpoint))
+    return loaded
+
+
+def read_rows(file):
+    """The rows that --results wrote. Raises ValueError naming a line that is none."""
+    rows = []
+    with open(file, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                row["table"] + row["model"] + row["column"], row["seed"], row["value"] + 0
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}, line {number}: not a row of table, model, seed, column and value")
+            rows.append(row)
+    return rows
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_checkpoints(0)       # none with --table
     # what to measure
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
-    parser.add_argument("-n", type=int, default=200, help="examples a task (default: 200, +-3.5%% at most)")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
+                        help="default: all; none behind it: losses only")
+    parser.add_argument("-n", type=int, help="examples a task (default: 200, +-3.5%% at most; all --questions)")
     parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="further paths")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
@@ -609,26 +652,26 @@ def main():
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
     least = [args.draws, args.block, args.length or 1, *args.repeats, *(args.finetune or [])]
-    if args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:
+    if args.n is None and not args.questions:
+        args.n = 200
+    if args.n is not None and args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:
         parser.error("-n must be at least 2; --draws, --length, --block, --repeats, --finetune at least 1; "
                      "--shots 0")
 
-    rows = []
-    if args.table:
-        with open(args.table, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-    for file in args.checkpoints:
-        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
-        name, seed = label(file, checkpoint)
+    rows = read_rows(args.table) if args.table else []
+    for file, name, seed, model, checkpoint in load_labelled(args):
         new = [{"model": name, "seed": seed, "run": file, **row}
                for row in measure(args, file, model, checkpoint)]
         rows += new
         if args.results:
             append_rows(args.results, new)
+    rows = [row for row in rows if args.only in row["table"]]
+    if not rows:
+        raise ValueError(f"no table has a name that contains {args.only!r}")
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
-        print_tables([row for row in rows if args.only in row["table"]], args.detail)
+        print_tables(rows, args.detail)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from grow import grow
 from model import (Parser, checkpoint_of, continue_text, llama_names, load_checkpoint, load_encoding,
-                   loop_path, mean_loss, read_json, run_script, save_checkpoint)
+                   loop_path, mean_loss, one_line, read_json, run_script, save_checkpoint)
 
 
 def parse_loop(text):
@@ -75,17 +75,24 @@ def export(model, folder, path=None, source=None):
         "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps, "mlp_bias": False,
         "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied,
         "bos_token_id": config.separator, "eos_token_id": config.separator}
-    os.makedirs(folder + ".part", exist_ok=True)        # renamed when whole: nothing is left half-written
-    save_file(weights, os.path.join(folder + ".part", "model.safetensors"), metadata={"format": "pt"})
-    if source:
-        ids = read_json(source, "config.json")
-        settings |= {name: ids.get(name) for name in ("bos_token_id", "eos_token_id")}
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-            if os.path.exists(os.path.join(source, name)):
-                shutil.copy(os.path.join(source, name), folder + ".part")
-    with open(os.path.join(folder + ".part", "config.json"), "w", encoding="utf-8") as f:
-        json.dump(settings, f, indent=2)
-    os.replace(folder + ".part", folder)
+    part = folder + ".part"                 # renamed when whole: nothing is left half-written
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    try:
+        save_file(weights, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+        if source:
+            ids = read_json(source, "config.json")
+            settings |= {name: ids.get(name) for name in ("bos_token_id", "eos_token_id")}
+            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                         "special_tokens_map.json"):
+                if os.path.exists(os.path.join(source, name)):
+                    shutil.copy(os.path.join(source, name), part)
+        with open(os.path.join(part, "config.json"), "w", encoding="utf-8") as f:
+            json.dump(settings, f, indent=2)
+        os.replace(part, folder)
+    except Exception as error:              # safetensors has errors of its own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {one_line(error)}")
 
 # -----------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
 """
 import argparse
+import glob
 import io
+import itertools
 import json
 import os
-import pickle
 import sys
-import zipfile
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         except AttributeError as error:
             raise ValueError(f"{folder} has weights that are no tensors: {error}")
         except RuntimeError as error:       # shapes that are not those of the config
-            raise ValueError(f"{folder}: {' '.join(str(error).split())[:200]}")
+            raise ValueError(f"{folder}: {one_line(error)}")
         unread = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
         if unread:
             raise ValueError(f"{folder} has weights that have no place here: {', '.join(unread[:3])}")
@@ -307,11 +307,12 @@ def mean_loss(model, rows, path=None, batch=16):
 
 def continue_text(model, encoding, text, length, path=None, temperature=0.0):
     """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
-    where the document does."""
+    where the document does: at the first special token."""
     tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
     new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
                          stop=encoding.eot_token)[0, len(tokens):].tolist()
-    return encoding.decode([token for token in new if token != encoding.eot_token])
+    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    return encoding.decode(list(itertools.takewhile(lambda token: token not in special, new)))
 
 # -----------------------------------------------------------------------------
 # Hugging Face's Llama directories: the same architecture, with q, k, v and gate, up in matrices of their own
@@ -398,8 +399,7 @@ def read_llama_weights(folder):
         except OSError:
             raise
         except Exception as error:      # each format has exceptions of its own for a file that is cut short
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{os.path.join(folder, file)} cannot be read: {reason}")
+            raise ValueError(f"{os.path.join(folder, file)} cannot be read: {one_line(error)}")
     return weights
 
 
@@ -511,8 +511,7 @@ def load_encoding(spec):
         return tiktoken.get_encoding(spec)
     except Exception as error:      # whatever the network stack raises: the cause is in the message
         raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
-                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it "
-                         f"({type(error).__name__}: {error})"[:400])
+                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it ({one_line(error)})")
 
 
 def token_dtype(encoding):
@@ -577,10 +576,9 @@ def load_checkpoint(file, device="cpu", tokens=None):
             checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # runs no code in it
             model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
-        except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError,
-                pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{file} is not a whole checkpoint of this project: {reason}")
+            checkpoint["encoding"], checkpoint["heldout"]       # there as well
+        except Exception as error:      # unpickling what is no checkpoint raises errors of every kind
+            raise ValueError(f"{file} is not a whole checkpoint of this project: {one_line(error)}")
     if tokens:
         stream, width = tokens_of(tokens), min(model.config.context, 256) + 1
         rows = torch.from_numpy(stream[:len(stream) // width * width][:64 * width].astype(np.int32))
@@ -597,6 +595,10 @@ def checkpoint_of(model, **more):
 # -----------------------------------------------------------------------------
 # what every script does at its start
 
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def default_device():
     if torch.cuda.is_available():
         return "cuda"
@@ -605,8 +607,10 @@ def default_device():
 
 def available_device(text):
     try:
-        return str(torch.zeros(1, device=text).device)
-    except (RuntimeError, AssertionError):      # torch's ways to say that there is none
+        zero = torch.zeros(1, device=text)
+        zero.item()                                     # the device "meta" holds no numbers
+        return str(zero.device)
+    except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways to say that there is none
         raise argparse.ArgumentTypeError(f"no device {text!r} here: cuda, mps or cpu")
 
 
@@ -626,8 +630,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *given):
         args = super().parse_args(*given)
-        if "hf" in args:
-            args.checkpoints += args.hf
+        if "hf" in args:        # Windows' shells leave out/*/ckpt.pt to the program
+            args.checkpoints = [*itertools.chain.from_iterable(
+                sorted(glob.glob(name)) or [name] for name in args.checkpoints), *args.hf]
             if not self.least <= len(args.checkpoints) <= self.most:
                 self.error(f"name {'one checkpoint' if self.most == 1 else 'checkpoints'}, or with --hf "
                            f"directories of Hugging Face, not {len(args.checkpoints)}")
@@ -643,6 +648,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main):
     """Bad input, or a disk that refuses, ends in one line and exit code 2; the rest keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):     # a model can write what the terminal cannot show
+        stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError) as error:

@@ -11,14 +11,15 @@ h is the residual stream before a visit, a and m are the outputs of its attentio
 update. Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
 """
 import json
+import os
 import statistics
 
 import torch
 import torch.nn.functional as F
 
-from evaluate import append_rows, label, print_tables
+from evaluate import append_rows, load_labelled, print_tables
 from loop import parse_repeats
-from model import Parser, check_path, load_checkpoint, mean_loss, run_script, save_atomically
+from model import Parser, check_path, mean_loss, run_script, save_atomically
 
 # -----------------------------------------------------------------------------
 # running visit by visit
@@ -60,9 +61,9 @@ def contributions(model, tokens, path=None):
 def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     """What leaving out one visit changes behind it (arXiv 2505.13898, which takes the max over positions).
 
-    Visit s is left out at every position but the first, and effect(s, l) = |D_l - D'_l| / |D_l| of each later
-    visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read only at
-    those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
+    Visit s is left out everywhere but at the first token of a document, and effect(s, l) = |D_l - D'_l| / |D_l|
+    of each later visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read
+    only at those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
     then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the output (depth,).
 
     Cost: nothing in front of a visit changes, so the run without visit s starts behind it: in all
@@ -74,9 +75,9 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
         raise ValueError(f"reduce is max or mean over positions, not {reduce!r}")
     if future is not None and not 1 < future < T:
         raise ValueError(f"future is a position above 1 and below {T}, not {future}")
-    keep = torch.zeros(T, 1, device=tokens.device)          # where visit s still adds its update
-    keep[:1] = 1.0
-    keep[future or T:] = 1.0
+    keep = tokens == (-1 if model.config.separator is None else model.config.separator)
+    keep[:, :1] = keep[:, future or T:] = True              # where visit s still adds its update
+    keep = keep.unsqueeze(-1)
     read = slice(future or 1, T)
 
     def over_positions(x):                                  # (..., batch, time) -> (...)
@@ -122,7 +123,7 @@ def late_over_middle(curve):
 
 @torch.no_grad()
 def early_exit(model, tokens, path=None):
-    """The logit lens: the output head on the stream before each visit (and, last, behind all of them).
+    """The logit lens (arXiv 2505.13898): the output head on the stream before each visit, and behind all.
 
     -> KL(final || exit) in nats (depth + 1,), overlap of the five likeliest tokens, 0 to 1, (depth + 1,).
     """
@@ -151,7 +152,8 @@ def reordered(path, size):
 
 
 def reorder_effects(model, rows, size, path=None):
-    """Change of the loss (nats) on rows (n, time + 1) along each path of reordered(): dict of (places,)."""
+    """Change of the loss (nats) on rows (n, time + 1) along each path of reordered(): dict of (places,).
+    Grown models are said to bear blocks out of place, and single layers less (arXiv 2512.08819)."""
     path = model.config.full_path if path is None else path
     plain = mean_loss(model, rows, path)
     return {name: torch.tensor([mean_loss(model, rows, p) - plain for p in paths])
@@ -159,7 +161,8 @@ def reorder_effects(model, rows, size, path=None):
 
 
 def weight_similarity(model, path=None):
-    """Cosine between the weights of every two visits, the mean over a layer's matrices -> (depth, depth)."""
+    """Cosine between the weights of every two visits, the mean over a layer's matrices -> (depth, depth).
+    It shows the blocks that growth copied, and LIDAS's symmetry (arXiv 2512.08819)."""
     names = [name for name, p in model.layers[0].named_parameters() if p.dim() == 2]
     similarity = 0
     for name in names:
@@ -291,6 +294,7 @@ def plot(file, models):
         group = torch.stack([model["curves"]["skip_effects"] for model in models if model["name"] == name])
         axis.imshow(group.mean(0).T.log10(), origin="lower", vmin=-1, vmax=1.5)
         axis.set(title=f"{name}: log10 effect", xlabel="skipped visit", ylabel="on visit")
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
     figure.savefig(file, dpi=150)
 
 # -----------------------------------------------------------------------------
@@ -315,16 +319,17 @@ def main():
     if args.rows < 1 or args.block < 1:
         parser.error("--rows and --block must be at least 1")
     models = []
-    for file in args.checkpoints:
-        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
+    for file, name, seed, model, checkpoint in load_labelled(args):
         stream = "tokens" if args.tokens else args.stream
         if stream not in checkpoint["heldout"]:
             raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout']) or 'nothing'}, "
                              f"not of {stream}: give another --stream, or --tokens FILE.bin")
         path = parse_repeats(args.loop, model.config.n_layer) if args.loop else model.config.full_path
-        if len(path) < 4:
-            raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth")
-        name, seed = label(file, checkpoint)
+        if len(path) < max(4, 2 * args.block):
+            raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth, which need four, "
+                             f"and two blocks of {args.block}")
+        name += "".join(f" {x}" for x in (args.loop, stream, args.reduce)     # what is not the default
+                        if x not in (None, "general", "tokens", "max"))
         curves = all_signatures(model, checkpoint["heldout"][stream][:args.rows], args.block, path,
                                 args.reduce)
         models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})

@@ -473,7 +473,7 @@ def finish(model, args, encoding):
         for task in evaluate.TASKS_AT_THE_END:
             try:
                 score = evaluate.accuracy(model, encoding, task)
-                print(f"  {task:<14} {score['accuracy']:>6.1%} ({score['chance']:.0%})")
+                print(f"  {task:<14} {score['value']:>6.1%} ({score['chance']:.0%})")
             except ValueError as error:         # a short context
                 print(f"  {error}")
     file = os.path.join(args.out, "ckpt.pt")

@@ -179,8 +179,8 @@ def test_scoring_equals_greedy_generation(path):
 def test_accuracy_comes_with_its_error(encoding):
     model = tiny_model(vocab_size=encoding.n_vocab, context=128)
     score = E.accuracy(model, encoding, "assign-0", n=20)
-    assert score["n"] == 20 and score["chance"] == 0.2 and 0 <= score["accuracy"] <= 1
-    assert score["se"] == pytest.approx((score["accuracy"] * (1 - score["accuracy"]) / 20) ** 0.5)
+    assert score["n"] == 20 and score["chance"] == 0.2 and 0 <= score["value"] <= 1
+    assert score["se"] == pytest.approx((score["value"] * (1 - score["value"]) / 20) ** 0.5)
 
 
 def test_fine_tuning_learns_its_examples_and_leaves_the_model_alone(encoding):
@@ -211,7 +211,7 @@ def test_tables_are_printed_from_rows(tmp_path):
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
     assert lines["baseline"] == ["baseline", "2", "2.100±0.141", "100%", "40.0±14.1"]
     assert lines["lidas"] == ["lidas", "1", "2.100", "80%", "25.0±4.3"]        # one seed: the standard error
-    assert lines["chance"] == ["chance", "20"]
+    assert lines["chance"] == ["chance", "20"] and lines["n"] == ["n", "100"]
 
 
 def test_the_command(trained, tmp_path):

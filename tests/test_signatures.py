@@ -15,14 +15,17 @@ paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 def recorded(model, tokens, path, skipped=None, cut=None):
     """Runs the model itself, hooks on its sublayers -> list of (h, a, m) by visit, and the logits. The
-    skipped visit's sublayers give zero at positions from 1 to cut."""
+    skipped visit's sublayers give zero at positions from 1 to cut, but where a document begins."""
     seen, sublayers = [], []
 
     def hook(module, inputs, output):
         visit = len(sublayers) // 2
         if visit == skipped:
             output = output.clone()
-            output[:, 1:cut] = 0
+            left_out = (tokens != 5) if model.config.separator else torch.ones_like(tokens, dtype=torch.bool)
+            left_out[:, 0] = False
+            left_out[:, cut or 20:] = False
+            output[left_out] = 0
         sublayers.append(output)
         if len(sublayers) % 2 == 0:
             seen.append((*sublayers[-2:],))
@@ -55,9 +58,10 @@ def test_contributions(path):
 
 @paths
 @pytest.mark.parametrize("reduce", ["max", "mean"])
-@pytest.mark.parametrize("future", [None, 9])
-def test_skip_effects(path, reduce, future):
-    model, tokens = tiny_model(), some_tokens()
+@pytest.mark.parametrize("future, separator", [(None, None), (9, None), (None, 5), (9, 5)])
+def test_skip_effects(path, reduce, future, separator):
+    model, tokens = tiny_model(separator=separator), some_tokens()
+    tokens[:, 7] = tokens[0, 13] = 5
     effects, on_output = S.skip_effects(model, tokens, path, future, reduce)
     plain, logits = recorded(model, tokens, path)
     over = {"max": max, "mean": lambda values: sum(values) / len(values)}[reduce]
