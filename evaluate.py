@@ -649,6 +649,8 @@ def main():
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
+    if args.only and not args.table:
+        parser.error("--only goes with --table")
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
     least = [args.draws, args.block, args.length or 1, *args.repeats, *(args.finetune or [])]

@@ -339,11 +339,11 @@ def main():
             bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
     rows = numbers(models, args.block)
     print_tables(rows)
-    if args.results:
-        append_rows(args.results, rows)
     curves = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}}
               for model in models]
     save_atomically(args.out, lambda f: f.write(json.dumps(curves).encode()))
+    if args.results:
+        append_rows(args.results, rows)
     if args.plot:
         plot(args.plot, models)
 

@@ -16,6 +16,7 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
      warm-up     constant           cooldown, linear to zero, with math
 """
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -141,13 +142,15 @@ def will_compile(args, say):
     """Whether to compile the layers: on CUDA, and on the CPU where a long run wins the time back."""
     if args.compile != "auto":
         return args.compile == "on"
-    if args.device.startswith("cuda"):
-        missing = None if importlib.util.find_spec("triton") else "Triton is not installed"
-    elif args.device == "cpu" and args.steps >= 500:
-        missing = None if any(map(shutil.which, ("g++", "clang++", "cl"))) else "no C++ compiler is installed"
-    else:
-        missing = ("a short run would not win back the compile time" if args.device == "cpu"
-                   else "not used on MPS")
+    missing = None
+    if args.device.startswith("mps"):
+        missing = "not used on MPS"
+    elif args.device == "cpu" and args.steps < 500:
+        missing = "a short run would not win back the compile time"
+    elif args.device.startswith("cuda") and not importlib.util.find_spec("triton"):
+        missing = "Triton is not installed"
+    elif not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        missing = "no C++ compiler is installed"
     if missing:
         say(f"running eagerly: {missing}")
     return not missing
@@ -215,7 +218,7 @@ def read_args():
                                            "(default: gpt2 for files)")
     # the run
     parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint, if it has one")
     parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
     parser.add_argument("--evals", type=int, default=20, help="log lines and checkpoints (default: 20)")
     parser.add_device()
@@ -229,12 +232,14 @@ def read_args():
     args.out = args.out or os.path.join("out", args.method)
     latest = os.path.join(args.out, "ckpt.pt")
     if args.resume and not os.path.exists(latest):
-        raise ValueError(f"nothing to resume: there is no {latest}")
+        print(f"nothing to resume: there is no {latest} yet, so that the run starts")
+        args.resume = False
     if not args.resume and os.path.exists(latest):
         raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
     if args.resume or args.init:        # its arguments become the defaults, and what is given must fit them
         model, checkpoint = load_checkpoint(latest if args.resume else args.init, args.device)
-        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in ("out", "resume", "init")}
+        own = {"out", "resume"} if args.resume else {"out", "resume", "init"}
+        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in own}
         if not saved or "optimizer" not in checkpoint:
             raise ValueError(f"{latest if args.resume else args.init} was not written by train.py")
         if args.init and args.math and not args.resume:
@@ -249,7 +254,7 @@ def read_args():
         if args.init and not args.resume and checkpoint["step"] != constant_steps(given):
             raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant "
                              "phase, as a run's stable.pt is")
-        given.out = args.out
+        given.out, given.resume = args.out, args.resume
         check(given)
         return given, model, checkpoint
     for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
@@ -279,10 +284,10 @@ def check(args):
         quarter = max(1, (args.layers or 0) // 4)
         args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"
         depth = len(parse_loop(args.loop)[1])
-        if args.layers not in (None, depth):
+        if args.layers not in (None, depth) and not args.init:
             raise ValueError(f"--loop {args.loop} is {depth} visits deep, "
                              f"which contradicts --layers {args.layers}")
-        args.layers = depth
+        args.layers = args.layers or depth      # with --init, that of the constant phase
     elif args.method in METHODS:
         METHODS[args.method](args.layers, args.block)       # the block must divide the layers
     args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
@@ -386,7 +391,7 @@ def main():
         """One line and one row of the log. Raises FloatingPointError when training has gone wrong."""
         losses = {name: mean_loss(model, rows) for name, rows in heldout.items()}
         if not all(map(math.isfinite, [loss, *losses.values()])):
-            raise FloatingPointError(f"the loss is not finite at step {step}: try a lower --lr")
+            raise FloatingPointError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         flops = flops_until(args, model.config, step)
         rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
         row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
@@ -419,6 +424,9 @@ def main():
         report(0, mean_loss(model, heldout["general"]), 1.0, 0)
     if rank == 0 and not args.resume:
         save("ckpt.pt", start)          # an unwritable --out is noticed now
+    if rank == 0:
+        for part in glob.glob(os.path.join(glob.escape(args.out), "*.part")):
+            os.remove(part)             # of a run that was killed while it wrote
     loss_sum, since, clock = 0.0, start, time.time()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,
                      unit="step"):
@@ -449,9 +457,9 @@ def main():
                 f"general loss {before:.4f} before, {after:.4f} after")
         if rank == 0 and (done in reporting or signals):
             report(done, float(loss_sum) / (done - since), time.time() - clock, done - since)
-            save("ckpt.pt", done)
-            if done == constant:
+            if done == constant:        # first, since a run that has the other one does not come here again
                 save("stable.pt", done)
+            save("ckpt.pt", done)
             loss_sum, since, clock = 0.0, done, time.time()
         if signals:
             say(f"stopped at step {done}; go on with the same command and --resume (--out {args.out})")
@@ -479,7 +487,7 @@ def finish(model, args, encoding):
     file = os.path.join(args.out, "ckpt.pt")
     print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
           f"  python signatures.py {file}")
-    if os.path.exists(stable := os.path.join(args.out, "stable.pt")):
+    if os.path.exists(stable := os.path.join(args.out, "stable.pt")) and args.method != "looped":
         middle = (model.config.n_layer - args.block) // 2
         print(f"  python train.py --init {stable} --loop {middle}-{args.block}x2-"
               f"{model.config.n_layer - middle - args.block} --out {args.out}-loop")

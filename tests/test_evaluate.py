@@ -193,7 +193,8 @@ def test_fine_tuning_learns_its_examples_and_leaves_the_model_alone(encoding):
 def test_final_answers():
     assert E.final_answer("She has 1,072 left.\n#### 1,072\nmore") == "1072"
     assert E.final_answer("so 3 + 4 = 7.") == "7" and E.final_answer(" yes ") == "yes"
-    assert E.final_answer("-2.5") == "-2.5"
+    assert E.final_answer("-2.5") == "-2.5" and E.final_answer("18.00") == "18"
+    assert E.final_answer("the range 3-5") == "5" and E.final_answer("it fell to -5.") == "-5"
 
 
 ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "value": value, **more}
@@ -212,6 +213,25 @@ def test_tables_are_printed_from_rows(tmp_path):
     assert lines["baseline"] == ["baseline", "2", "2.100±0.141", "100%", "40.0±14.1"]
     assert lines["lidas"] == ["lidas", "1", "2.100", "80%", "25.0±4.3"]        # one seed: the standard error
     assert lines["chance"] == ["chance", "20"] and lines["n"] == ["n", "100"]
+
+
+@pytest.mark.parametrize("line", ["", "[]", "{}", '{"table": "tasks"', json.dumps({**ROWS[0], "value": None}),
+                                  json.dumps({**ROWS[0], "model": 3})])
+def test_a_line_that_is_no_row_is_named(line, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + f"\n{line}\n")
+    with pytest.raises(ValueError, match="line 2"):
+        E.read_rows(file)
+
+
+def test_models_that_would_share_a_line_are_refused(trained, tmp_path, monkeypatch):
+    """Two models of one name and one seed were once one line: the second one's numbers."""
+    import shutil
+    shutil.copytree(trained, tmp_path / "lidas")
+    result = script("evaluate.py", trained / "ckpt.pt", tmp_path / "lidas" / "ckpt.pt", "--tasks")
+    assert result.returncode == 2 and "share the line lidas" in result.stderr, result.stderr
+    result = script("evaluate.py", trained / "ckpt.pt", trained / "stable.pt", "--tasks")
+    assert result.returncode == 0 and "lidas/stable.pt" in result.stdout, result.stderr
 
 
 def test_the_command(trained, tmp_path):
@@ -235,6 +255,12 @@ def test_questions_from_a_file(trained, tmp_path):
     file.write_text('{"question": "1+1?", "answer": "two\\n#### 2"}\n' * 3)
     result = script("evaluate.py", trained / "ckpt.pt", "--questions", file, "--length", 8)
     assert result.returncode == 0 and "q.jsonl" in result.stdout, result.stderr
+    file.write_text(json.dumps({"question": "1+1?" * 99, "answer": "2"}))
+    result = script("evaluate.py", trained / "ckpt.pt", "--questions", file)
+    assert result.returncode == 0 and "1 of 1 questions fill the context" in result.stderr, result.stderr
+    file.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+1?", "answer": " "}\n')
+    result = script("evaluate.py", trained / "ckpt.pt", "--questions", file)
+    assert result.returncode == 2 and "line 2: the answer is empty" in result.stderr, result.stderr
     file.write_text('{"question": "1+1?", "answer": "2"}\n{"question": 3}\n')
     result = script("evaluate.py", trained / "ckpt.pt", "--questions", file)
     assert result.returncode == 2 and "line 2" in result.stderr and result.stderr.count("\n") == 1
@@ -242,7 +268,7 @@ def test_questions_from_a_file(trained, tmp_path):
 
 @pytest.mark.parametrize("command", [[], ["none.pt"], ["--tasks", "juggling"], ["-n", 0], ["--loop", "1,2"],
                                      ["--loop", "9,9,9"], ["--table", "none.jsonl"],
-                                     ["--shots", 1, "--sweep"], ["--shots", 1, "--loop", "2,2,1"]])
+                                     ["--only", "none"], ["--sweep", "--block", 7], ["--shots", 1, "--sweep"], ["--shots", 1, "--loop", "2,2,1"]])
 def test_bad_input_ends_in_one_line(command, trained):
     checkpoint = [] if command in ([], ["none.pt"]) or "--table" in command else [trained / "ckpt.pt"]
     result = script("evaluate.py", *checkpoint, *command)

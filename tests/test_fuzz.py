@@ -25,7 +25,7 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--data": ["none.txt", ".", "{checkpoint}"], "--math": ["none.txt"],
         "--init": ["none.pt", "{checkpoint}"],
         "--encoding": ["world", "none"],
-        "--device": ["cpu", "gpu", "cuda:99"], "--compile": ["off", "maybe"]},
+        "--device": ["cpu", "gpu", "cuda:99", "meta"], "--compile": ["off", "maybe"], "--resume": [""]},
     grow: {
         "--method": ["midas", "lidas", "up"], "--block": NUMBERS,
         "--out": ["{folder}/deep.pt", "{checkpoint}/x.pt"]},
@@ -40,12 +40,16 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "-n": ["0", "1", "4", "x"], "--tasks": ["closed-book", "juggling"], "--loop": PLACES,
         "--shots": NUMBERS[:6],
         "--finetune": ["0", "2", "x"], "--draws": ["0", "1"], "--block": NUMBERS, "--repeats": NUMBERS[:5],
-        "--questions": ["none.jsonl", "{checkpoint}"], "--table": ["none.jsonl"], "--seed": ["0", "-1", "x"]},
+        "--questions": ["none.jsonl", "{checkpoint}"], "--table": ["none.jsonl", "{checkpoint}"],
+        "--results": ["{folder}/new/rows.jsonl", "{checkpoint}/x"], "--only": ["tasks", "none"],
+        "--sweep": [""], "--json": [""], "--detail": [""], "--seed": ["0", "-1", "x"]},
     signatures: {
         "--rows": ["0", "1", "x"], "--stream": ["general", "math", "prose"], "--block": NUMBERS,
         "--loop": PLACES, "--reduce": ["max", "mean", "sum"],
+        "--results": ["{folder}/new/rows.jsonl"],
         "--out": ["{folder}/s.json", "{checkpoint}/s.json"]},
 }
+FLAGS = {"--resume", "--sweep", "--json", "--detail"}       # take no value
 
 
 def command(module, rng, checkpoint, folder):
@@ -58,7 +62,8 @@ def command(module, rng, checkpoint, folder):
         start = [f"{folder}/none.pt"] + start[1:]
     for option in rng.sample(list(OPTIONS[module]), rng.randint(1, 3)):
         value = rng.choice(OPTIONS[module][option])
-        start += [option, value.replace("{folder}", folder).replace("{checkpoint}", checkpoint)]
+        value = value.replace("{folder}", folder).replace("{checkpoint}", checkpoint)
+        start += [option] if option in FLAGS else [option, value]
     return start
 
 

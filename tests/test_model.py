@@ -153,6 +153,16 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"this is a text", b"PK\x03\x04 cut short",
+                                     {"config": {}}, {"model": 1}, [1, 2], torch.ones(2)], ids=str)
+def test_what_is_no_checkpoint_is_refused(content, tmp_path):
+    """What unpickling raises depends on the bytes: IndexError for some texts."""
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        load_checkpoint(file)
+
+
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     """A disk that fills up half way must cost the new checkpoint only, and leave no part of it behind."""
     import os

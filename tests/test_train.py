@@ -136,6 +136,34 @@ def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("place, times", [("os.fsync", 7), ("os.replace", 13), ("grow.grow_optimizer", 2)])
+def test_killed_while_it_writes_or_grows(trained, tmp_path, place, times):
+    """kill -9 with a checkpoint written but not yet in its place, between the two checkpoints at the end of the
+    constant phase, where stable.pt was once lost for good, and with the second growth half done."""
+    module, name = place.split(".")
+    code = f"""if True:
+        import os, signal, sys, {module}
+        sys.path.insert(0, {ROOT!r})
+        import train
+        module, work, calls = {"train" if module == "grow" else module}, {place}, []
+        def deadly(*arguments):
+            calls.append(arguments)
+            if len(calls) == {times}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments)
+        module.{name} = deadly
+        train.main()"""
+    out, env = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", code, *map(str, TINY_RUN), "--out", str(out)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert weights(out)["step"] == {7: 0, 13: 20, 2: 10}[times]
+    assert script("train.py", *TINY_RUN, "--out", out, "--resume").returncode == 0
+    assert same_weights(weights(out), weights(trained))
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl", "stable.pt"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
     command = [sys.executable, "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
@@ -198,6 +226,13 @@ def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_pa
     assert run_main(monkeypatch, "--init", three / "stable.pt", "--math", text, "--out", four) == 0
     assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
     assert run_main(monkeypatch, "--init", one / "stable.pt") == 2 and "--out" in capsys.readouterr().err
+    five = tmp_path / "five"                                    # deeper than its constant phase, resumed
+    command = ["--init", one / "stable.pt", "--loop", "1-2x3-2", "--out", five, "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: sys.exit(3))
+        assert run_main(patch, *command) == 3
+    assert run_main(monkeypatch, *command) == 0
+    assert weights(five)["config"]["path"] == [0, 1, 2, 1, 2, 1, 2, 3, 4] and len(weights(five)["log"]) > 2
 
 
 @pytest.mark.parametrize("method", ["baseline", "midas", "stack", "looped"])
@@ -331,6 +366,8 @@ BAD = {
                   "UTF-8"),
     "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]),
                             "--encoding", "world"], "gzip"),
+    "damaged gzip": (lambda d: ["--data", bad_file(d, "d.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:12] + b"?" * 9),
+                                "--encoding", "world"], "gzip"),
     "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"],
                          "no encoding"),
     "math without data": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "--data"),
@@ -343,7 +380,6 @@ BAD = {
     "lr of nan": (lambda d: ["--lr", "nan"], "--lr"),
     "heads": (lambda d: ["--heads", 5], "n_head"),
     "foreign checkpoint": (lambda d: ["--init", bad_file(d, "ckpt.pt", b"hello")], "not a whole checkpoint"),
-    "nothing to resume": (lambda d: ["--resume"], "nothing to resume"),
     "unwritable out": (lambda d: ["--out", bad_file(d, "file", b"") / "run"], "file"),
 }
 
