@@ -150,12 +150,10 @@ def preschool(rng, calculation=True):
     """
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
-    questions = []
-    for sign, op in (("", "+"), ("", "-"), ("-", "+"), ("-", "-")):
-        value = (-x if sign else x) + (y if op == "+" else -y)
-        shown = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
-        questions.append((f"{c}={sign}{a}{op}{b}\n{c}=___ ->", shown))
-    return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [rng.choice(questions)]
+    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))
+    value = (-x if sign else x) + (y if op == "+" else -y)
+    answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
+    return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
 
 
 def arithmetic(rng):
@@ -338,16 +336,11 @@ def encode_example(encoding, prompt, answer):
 
 def encode_examples(task, encoding, context, n, shots=5, seed=0):
     """n examples of a task -> [(prompt tokens, answer tokens), ...], shots: as many as the longest fits."""
-    while shots >= 0:
-        rng, examples = random.Random(f"{seed} {task}"), []
-        for _ in range(n):
-            prompt, answer = encode_example(encoding, *prompt_with_shots(task, rng, shots))
-            examples.append((prompt, answer))
-            if len(prompt) + len(answer) > context:
-                break
-        else:
+    for shots in range(shots, -1, -1):
+        rng = random.Random(f"{seed} {task}")
+        examples = [encode_example(encoding, *prompt_with_shots(task, rng, shots)) for _ in range(n)]
+        if max(len(prompt) + len(answer) for prompt, answer in examples) <= context:
             return examples, shots
-        shots -= 1
     raise ValueError(f"a question of {task} is longer than the context of {context}")
 
 
@@ -366,8 +359,6 @@ def is_right(model, examples, path=None, batch=32):
     In one forward pass: an answer is right when each token of it is the arg-max given the true ones before.
     What follows is not looked at: with tokens of one digit each (SmolLM's), 14 counts where 1 is asked.
     """
-    was_training = model.training
-    model.eval()
     device, right = model.embed.weight.device, []
     for start in range(0, len(examples), batch):
         tokens, targets = padded(examples[start:start + batch])
@@ -375,7 +366,6 @@ def is_right(model, examples, path=None, batch=32):
         hidden = model.hidden(tokens.to(device), path)
         best[asked] = model.head(hidden[asked.to(device)]).argmax(-1).cpu()
         right += (best == targets).all(1).tolist()
-    model.train(was_training)
     return right
 
 
@@ -394,7 +384,7 @@ def proportion(right):
 def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
     """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no
     shots; the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned = copy.deepcopy(model).train()
+    tuned = copy.deepcopy(model)
     rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
     pairs = [encode_example(encoding, *example(task, rng, heldout=False)) for _ in range(n_train)]
     tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
@@ -483,27 +473,24 @@ def measure(args, run, model, checkpoint):
     elif args.finetune:
         for task in args.tasks:
             for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning", leave=False, disable=None):
-                draws = [finetune(model, encoding, task, n_train, args.n, seed=i) for i in range(args.draws)]
+                draws = [finetune(model, encoding, task, n_train, args.n, seed=args.seed + i)
+                         for i in range(args.draws)]
                 add(f"{task}: accuracy by number of fine-tuning examples", str(n_train),
                     value=statistics.mean(draws), n=args.n, chance=TASKS[task][2], draws=draws)
     elif args.sweep:
         sweep(args, run, model, encoding, add)
     else:
-        if not args.loop:
-            for column, value in (("depth", len(model.config.full_path)),
-                                  ("params", sum(p.numel() for p in model.parameters())),
-                                  ("flops", checkpoint.get("flops", 0))):
-                add("tasks", column, value=value)
-        for path_name, path in paths.items():
-            scores = {f"loss {name}": {"value": mean_loss(model, heldout, path)}
-                      for name, heldout in checkpoint["heldout"].items()}
-            for task in tqdm(args.tasks, desc=f"{run} {path_name}", leave=False, disable=None):
-                scores[task] = accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
+        sizes = {"depth": len(model.config.visits()), "params": sum(p.numel() for p in model.parameters()),
+                 "flops": checkpoint.get("flops", 0)}
+        for column, value in () if args.loop else sizes.items():
+            add("tasks", column, value=value)
+        for name, path in paths.items():
+            scores = {f"loss {stream}": {"value": mean_loss(model, heldout, path)}
+                      for stream, heldout in checkpoint["heldout"].items()}
+            scores |= {task: accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
+                       for task in tqdm(args.tasks, desc=f"{run} {name}", leave=False, disable=None)}
             for column, score in scores.items():    # one table of all tasks, or one each, its columns paths
-                if args.loop:
-                    add(f"{column} by looped path", path_name, **score)
-                else:
-                    add("tasks", column, **score)
+                add(*(f"{column} by looped path", name) if args.loop else ("tasks", column), **score)
     return rows
 
 
@@ -587,22 +574,21 @@ def cell(column, by_seed, reference):
 # -----------------------------------------------------------------------------
 
 def load_labelled(args):
-    """The models of a command -> [(file, name, seed, model, checkpoint), ...]. The name, of a line in tables,
-    is that of the run's folder less the seed at its end, so that runs that differ in the seed share a line.
-    Raises ValueError where others would."""
-    loaded, files, depths = [], {}, {}
+    """The models of a command, one after another -> file, name, seed, model, checkpoint. The name, of a line
+    in tables, is that of the run's folder less the seed at its end, so that runs that differ in the seed
+    share a line. Raises ValueError where others would."""
+    files, depths = {}, {}
     for file in args.checkpoints:
         model, checkpoint = load_checkpoint(file, args.device, args.tokens)
         seed = checkpoint.get("args", {}).get("seed", 0)
         folder, name = os.path.split(os.path.abspath(file))
         if os.path.isfile(file):
             name = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{name}".replace("/ckpt.pt", "")
-        other, depth = files.setdefault((name, seed), file), len(model.config.full_path)
+        other, depth = files.setdefault((name, seed), file), len(model.config.visits())
         if other != file or depths.setdefault(name, depth) != depth:
-            raise ValueError(f"{other} and {file} would share the line {name} of a table: they must be of one "
-                             f"depth, with seeds of their own")
-        loaded.append((file, name, seed, model, checkpoint))
-    return loaded
+            raise ValueError(f"{other} and {file} would share the line {name} of a table: they must be of "
+                             f"one depth, with seeds of their own")
+        yield file, name, seed, model, checkpoint
 
 
 def read_rows(file):
@@ -625,7 +611,8 @@ def main():
     # what to measure
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
                         help="default: all; none behind it: losses only")
-    parser.add_argument("-n", type=int, help="examples a task (default: 200, +-3.5%% at most; all --questions)")
+    parser.add_argument("-n", type=int, help="examples a task (default: 200, +-3.5%% at most), or questions "
+                                            "(default: all)")
     parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS", help="further paths")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
@@ -649,11 +636,14 @@ def main():
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
+    if not args.tasks and (args.sweep or args.shots or args.finetune):
+        parser.error("--sweep, --shots and --finetune need a task")
     if args.only and not args.table:
         parser.error("--only goes with --table")
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
-    least = [args.draws, args.block, args.length or 1, *args.repeats, *(args.finetune or [])]
+    least = [args.draws, args.block, *args.repeats, *(args.finetune or [])]
+    least += [] if args.length is None else [args.length]
     if args.n is None and not args.questions:
         args.n = 200
     if args.n is not None and args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:

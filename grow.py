@@ -17,7 +17,7 @@ import dataclasses
 
 import torch
 
-from model import (GPT, Parser, check_path, checkpoint_of, load_checkpoint, loop_path, mean_loss, run_script,
+from model import (GPT, Parser, checkpoint_of, load_checkpoint, loop_path, mean_loss, run_script,
                    save_checkpoint)
 
 # -----------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def grow(model, path):
     At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a
     path that is empty or visits a layer that does not exist.
     """
-    path = check_path(path, model.config.n_layer)
+    path = model.config.visits(path)
     grown = GPT(dataclasses.replace(model.config, n_layer=len(path), path=None))
     grown.to(model.embed.weight.device, model.embed.weight.dtype)
     sources = parameters_along(model, path)
     for name, p in grown.named_parameters():
         p.copy_(sources[name])                                          # no storage is shared
-    return grown.train(model.training)
+    return grown
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
@@ -152,7 +152,7 @@ def training_flops(config, n_tokens, path=None):
     weight of a matrix product (layers and output head, not the embedding's look-up), and
     4 * n_embd * context / 2 for causal attention's two products.
     """
-    visits = len(config.full_path if path is None else path)
+    visits = len(config.visits() if path is None else path)
     head_width = config.n_embd // config.n_head
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * head_width
     layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.n_hidden

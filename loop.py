@@ -46,7 +46,7 @@ def parse_repeats(text, n_layer):
 
 def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
-    return grow(model, model.config.full_path if path is None else path)
+    return grow(model, model.config.visits(path))
 
 
 def export(model, folder, path=None, source=None):
@@ -61,11 +61,11 @@ def export(model, folder, path=None, source=None):
     if os.path.exists(folder):
         raise ValueError(f"{folder} exists: choose a new directory")
     untied = unroll(model, path)
-    config, state, weights = untied.config, untied.state_dict(), {}
-    for ours, theirs in llama_names(config).items():
+    config, names, weights = untied.config, llama_names(untied.config), {}
+    for ours, p in untied.named_parameters():       # names a tied head once
+        theirs = names[ours]
         heads = [config.n_head, config.n_kv_head, config.n_kv_head] if len(theirs) == 3 else [1] * len(theirs)
-        rows = len(state[ours]) // sum(heads)
-        parts = state[ours].split([rows * n for n in heads])
+        parts = p.detach().split([len(p) // sum(heads) * n for n in heads])
         weights.update({name: part.clone() for name, part in zip(theirs, parts)})
     settings = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
@@ -157,7 +157,7 @@ def main():
     if args.start is None:
         args.start = (model.config.n_layer - args.block) // 2
     if args.export:
-        path = model.config.full_path if args.repeats is None else loop_path(
+        path = model.config.visits() if args.repeats is None else loop_path(
             model.config.n_layer, args.start, args.block, args.repeats[0])
         source = args.checkpoints[0] if os.path.isdir(args.checkpoints[0]) else None
         export(model, args.export, path, source)

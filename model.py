@@ -64,22 +64,16 @@ class GPTConfig:
             raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
         if self.init_depth is not None and self.init_depth < 1:
             raise ValueError(f"init_depth must be above 0, not {self.init_depth}")
-        self.path = None if self.path is None else check_path(self.path, self.n_layer)
+        self.path = None if self.path is None else self.visits(self.path)
 
-    @property
-    def full_path(self):
-        return list(range(self.n_layer)) if self.path is None else self.path
-
-
-def check_path(path, n_layer):
-    """The path as a list of ints. Raises ValueError when it is empty or names a layer that does not exist."""
-    path = [int(index) for index in path]
-    if not path:
-        raise ValueError("a path needs at least one visit")
-    for index in path:
-        if not 0 <= index < n_layer:
-            raise ValueError(f"the path visits layer {index}, but the model has layers 0 to {n_layer - 1}")
-    return path
+    def visits(self, path=None):
+        """The given path, else the configured one, else every layer once -> list of ints. Raises ValueError
+        when it is empty or names a layer that does not exist."""
+        path = self.path if path is None else path
+        path = [int(index) for index in (range(self.n_layer) if path is None else path)]
+        if not path or not 0 <= min(path) <= max(path) < self.n_layer:
+            raise ValueError(f"a path is one visit or more of layers 0 to {self.n_layer - 1}, not {path}")
+        return path
 
 
 def loop_path(n_layer, start, block, repeats):
@@ -166,7 +160,7 @@ class GPT(nn.Module):
         # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never
         # learned with it. What is added to the residual stream is scaled down by the root of the number
         # of additions, at the model's final depth, so that a copy has the scale of the model it grows into.
-        std, depth = config.n_embd ** -0.5, config.init_depth or len(config.full_path)
+        std, depth = config.n_embd ** -0.5, config.init_depth or len(config.visits())
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
@@ -187,21 +181,16 @@ class GPT(nn.Module):
         Raises ValueError naming what this architecture does not have, or what is missing in the folder.
         """
         model, weights = cls(read_llama_config(folder)), read_llama_weights(folder)
-        state = {}
+        names = llama_names(model.config)
         try:
-            for ours, theirs in llama_names(model.config).items():
-                state[ours] = torch.cat([weights.pop(name).float() for name in theirs])
-            if model.config.tied:
-                state["head.weight"] = state["embed.weight"]
-                weights.pop("lm_head.weight", None)
-            model.load_state_dict(state)
+            state = {ours: torch.cat([weights.pop(name).float() for name in names[ours]])
+                     for ours, _ in model.named_parameters()}
+            model.load_state_dict(state, strict=False)      # a tied head is the embedding
         except KeyError as error:
             raise ValueError(f"{folder} has no weights named {error}")
-        except AttributeError as error:
-            raise ValueError(f"{folder} has weights that are no tensors: {error}")
-        except RuntimeError as error:       # shapes that are not those of the config
+        except (AttributeError, RuntimeError) as error:     # no tensors, or shapes that are not the config's
             raise ValueError(f"{folder}: {one_line(error)}")
-        unread = [name for name in weights if not name.endswith("rotary_emb.inv_freq")]
+        unread = [name for name in weights if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]
         if unread:
             raise ValueError(f"{folder} has weights that have no place here: {', '.join(unread[:3])}")
         return model
@@ -227,7 +216,7 @@ class GPT(nn.Module):
         cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two:
         its second visit attends to the keys of second visits. Only tokens behind those it has seen are run.
         """
-        path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
+        path = self.config.visits(path)
         seen = cache[0][0].shape[2] if cache and cache[0] else 0
         if tokens.shape[1] > self.config.context:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context}")
@@ -236,9 +225,9 @@ class GPT(nn.Module):
         places = self.places(tokens, seen)
         x = self.embed(tokens[:, seen:])
         for visit, index in enumerate(path):
-            # Only training runs compiled code (layer.compile()): evaluation has other shapes at every call,
-            # each compiled anew. Layers share their code, so neither growth nor a new path recompiles any.
-            layer = self.layers[index] if self.training else self.layers[index].forward
+            # Only training runs compiled code (layer.compile()): evaluation, without gradients, has other
+            # shapes at every call, each compiled anew. Layers share code: growth and paths recompile none.
+            layer = self.layers[index] if torch.is_grad_enabled() else self.layers[index].forward
             x = layer(x, places, None if cache is None else cache[visit])
         return self.norm(x)
 
@@ -265,9 +254,7 @@ class GPT(nn.Module):
         every row has it. Past the context, each step runs the last `context` tokens anew: all positions have
         moved.
         """
-        was_training = self.training
-        self.eval()
-        path = self.config.full_path if path is None else check_path(path, self.config.n_layer)
+        path = self.config.visits(path)
         cache = [[] for _ in path]
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
@@ -287,21 +274,17 @@ class GPT(nn.Module):
             tokens = torch.cat((tokens, new), dim=1)
             if stop is not None and done.all():
                 break
-        self.train(was_training)
         return tokens
 
 
 @torch.no_grad()
 def mean_loss(model, rows, path=None, batch=16):
-    """Mean cross-entropy (nats per token) on rows (n, time + 1) of token ids, in eval mode."""
-    was_training = model.training
-    model.eval()
+    """Mean cross-entropy (nats per token) on rows (n, time + 1) of token ids."""
     device = model.embed.weight.device
     total = 0.0
     for part in rows.split(batch):
         part = part.to(device).long()
         total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
-    model.train(was_training)
     return total / len(rows)
 
 
@@ -321,15 +304,14 @@ PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x 
          "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
          "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
 ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "pretraining_tp": 1, "sliding_window": None, "rope_type": "default",
+        "pretraining_tp": 1, "sliding_window": None, "partial_rotary_factor": 1.0, "rope_type": "default",
         "quantization_config": None}        # what our layer can be
 
 
 def llama_names(config):
     """{our parameter: [Llama's parameters, which it holds one above the other]}"""
-    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
-    if not config.tied:
-        names["head.weight"] = ["lm_head.weight"]
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"],
+             "head.weight": ["lm_head.weight"]}
     for i in range(config.n_layer):
         for ours, theirs in PARTS.items():
             names[f"layers.{i}.{ours}.weight"] = [f"model.layers.{i}.{name}.weight" for name in theirs]
@@ -339,12 +321,9 @@ def llama_names(config):
 def read_json(folder, name):
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
-            content = json.load(f)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
+            return dict(**json.load(f))
+    except (ValueError, TypeError):
         raise ValueError(f"{os.path.join(folder, name)} is not a JSON object")
-    return content
 
 
 def read_llama_config(folder):
@@ -528,8 +507,9 @@ def tokens_of(file):
             raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, "
                              f"it holds {len(tokens)}")
         return tokens
-    if os.path.getsize(file) % 2:
-        raise ValueError(f"{file} is no token file: uint16 tokens do not make {os.path.getsize(file)} bytes")
+    size = os.path.getsize(file)
+    if size % 2 or size == 0:
+        raise ValueError(f"{file} is no token file: uint16 tokens do not make {size} bytes")
     return np.memmap(file, dtype=np.uint16, mode="r")
 
 # -----------------------------------------------------------------------------
@@ -546,12 +526,11 @@ def save_atomically(file, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(f"{file} could not be written: {error}")
+    finally:
         if os.path.exists(part):
             os.remove(part)
-        if isinstance(error, OSError):
-            raise OSError(f"{file} could not be written: {error}")
-        raise
 
 
 def save_checkpoint(file, checkpoint):
@@ -596,7 +575,7 @@ def checkpoint_of(model, **more):
 # what every script does at its start
 
 def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
 def default_device():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables
 from loop import parse_repeats
-from model import Parser, check_path, mean_loss, run_script, save_atomically
+from model import Parser, mean_loss, run_script, save_atomically
 
 # -----------------------------------------------------------------------------
 # running visit by visit
@@ -38,7 +38,7 @@ def run_visits(model, x, places, path):
 
 def trace(model, tokens, path=None):
     """All visits on tokens (batch, time) -> path; h, a, m (depth, batch, time, n_embd); the last stream."""
-    path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
+    path = model.config.visits(path)
     h, a, m, last = run_visits(model, model.embed(tokens), model.places(tokens), path)
     return path, torch.stack(h), torch.stack(a), torch.stack(m), last
 
@@ -61,9 +61,9 @@ def contributions(model, tokens, path=None):
 def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     """What leaving out one visit changes behind it (arXiv 2505.13898, which takes the max over positions).
 
-    Visit s is left out everywhere but at the first token of a document, and effect(s, l) = |D_l - D'_l| / |D_l|
-    of each later visit l; on the output |softmax - softmax'|_2. future=t: left out only at positions < t, read
-    only at those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
+    Visit s is left out everywhere but at the first token of a document, and effect(s, l) =
+    |D_l - D'_l| / |D_l| of each later visit l; on the output |softmax - softmax'|_2. future=t: left out only
+    at positions < t, read only at those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
     then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the output (depth,).
 
     Cost: nothing in front of a visit changes, so the run without visit s starts behind it: in all
@@ -140,21 +140,24 @@ def early_exit(model, tokens, path=None):
 
 def reordered(path, size):
     """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside."""
-    units = [path[i:i + size] for i in range(0, len(path), size)]
-    def join(units):
-        return [index for unit in units for index in unit]
-    n = range(len(units))
-    paths = {"skip": [join(units[:i] + units[i + 1:]) for i in n] if len(units) > 1 else [],
-             "swap": [join(units[:i] + [units[i + 1], units[i]] + units[i + 2:]) for i in n[:-1]]}
-    if size > 1:
-        paths["reverse"] = [join(units[:i] + [units[i][::-1]] + units[i + 1:]) for i in n]
+    paths = {"skip": [], "swap": [], "reverse": []}
+    for i in range(0, len(path), size):
+        before, unit, behind = path[:i], path[i:i + size], path[i + size:]
+        neighbour, rest = behind[:size], behind[size:]
+        if before or behind:
+            paths["skip"].append(before + behind)
+        if neighbour:
+            paths["swap"].append(before + neighbour + unit + rest)
+        paths["reverse"].append(before + unit[::-1] + behind)
+    if size == 1:
+        del paths["reverse"]        # of one visit is the same path
     return paths
 
 
 def reorder_effects(model, rows, size, path=None):
     """Change of the loss (nats) on rows (n, time + 1) along each path of reordered(): dict of (places,).
     Grown models are said to bear blocks out of place, and single layers less (arXiv 2512.08819)."""
-    path = model.config.full_path if path is None else path
+    path = model.config.visits(path)
     plain = mean_loss(model, rows, path)
     return {name: torch.tensor([mean_loss(model, rows, p) - plain for p in paths])
             for name, paths in reordered(path, size).items()}
@@ -169,7 +172,7 @@ def weight_similarity(model, path=None):
         w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float()
                                      for layer in model.layers]))
         similarity = similarity + w @ w.T / len(names)
-    path = model.config.full_path if path is None else check_path(path, model.config.n_layer)
+    path = model.config.visits(path)
     return similarity[path][:, path].cpu()
 
 
@@ -324,10 +327,10 @@ def main():
         if stream not in checkpoint["heldout"]:
             raise ValueError(f"{file} has held-out text of {', '.join(checkpoint['heldout']) or 'nothing'}, "
                              f"not of {stream}: give another --stream, or --tokens FILE.bin")
-        path = parse_repeats(args.loop, model.config.n_layer) if args.loop else model.config.full_path
+        path = parse_repeats(args.loop, model.config.n_layer) if args.loop else model.config.visits()
         if len(path) < max(4, 2 * args.block):
-            raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth, which need four, "
-                             f"and two blocks of {args.block}")
+            raise ValueError(f"{file}: {len(path)} visits are too few for signatures by depth, which need "
+                             f"four, and two blocks of {args.block}")
         name += "".join(f" {x}" for x in (args.loop, stream, args.reduce)     # what is not the default
                         if x not in (None, "general", "tokens", "max"))
         curves = all_signatures(model, checkpoint["heldout"][stream][:args.rows], args.block, path,

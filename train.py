@@ -138,30 +138,26 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def will_compile(args, say):
-    """Whether to compile the layers: on CUDA, and on the CPU where a long run wins the time back."""
+def why_eager(args):
+    """Why the layers are not compiled, or None: they are on CUDA, and on the CPU where a long run wins the
+    time back."""
     if args.compile != "auto":
-        return args.compile == "on"
-    missing = None
+        return None if args.compile == "on" else "--compile off"
     if args.device.startswith("mps"):
-        missing = "not used on MPS"
-    elif args.device == "cpu" and args.steps < 500:
-        missing = "a short run would not win back the compile time"
-    elif args.device.startswith("cuda") and not importlib.util.find_spec("triton"):
-        missing = "Triton is not installed"
-    elif not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        missing = "no C++ compiler is installed"
-    if missing:
-        say(f"running eagerly: {missing}")
-    return not missing
+        return "not used on MPS"
+    if args.device == "cpu" and args.steps < 500:
+        return "a short run would not win back the compile time"
+    if args.device.startswith("cuda") and not importlib.util.find_spec("triton"):
+        return "Triton is not installed"
+    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc", "cl")
+    return None if any(map(shutil.which, compilers)) else f"none of {', '.join(compilers)} is installed"
 
 
-def prepare(model, args, compiled, distributed):
+def prepare(model, compiled, distributed):
     """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP."""
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
-    model.train()
     return torch.nn.parallel.DistributedDataParallel(model) if distributed else model
 
 
@@ -181,7 +177,7 @@ SIZES = {   # fits the device: minutes on two CPU cores; on a GPU a larger model
     "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
 }
 MAY_DIFFER = {"resume", "out", "device", "compile"}         # from the run that is resumed
-MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run of --init
+MAY_BRANCH = {"init", "loop", "math", "math_share", "lr", "seed"}       # also from the run of --init
 
 
 def read_args():
@@ -225,46 +221,42 @@ def read_args():
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
                         help="the layers (default: where it pays)")
 
-    args = parser.parse_args()
-    checkpoint = None
+    args, model, checkpoint = parser.parse_args(), None, None
     if args.init and not args.out:
         raise ValueError("--init needs --out: a folder for this cooldown")
-    args.out = args.out or os.path.join("out", args.method)
-    latest = os.path.join(args.out, "ckpt.pt")
-    if args.resume and not os.path.exists(latest):
+    out = args.out or os.path.join("out", args.method)
+    latest = os.path.join(out, "ckpt.pt")
+    resume = args.resume and os.path.exists(latest)
+    if args.resume and not resume:
         print(f"nothing to resume: there is no {latest} yet, so that the run starts")
-        args.resume = False
-    if not args.resume and os.path.exists(latest):
-        raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    if args.resume or args.init:        # its arguments become the defaults, and what is given must fit them
-        model, checkpoint = load_checkpoint(latest if args.resume else args.init, args.device)
-        own = {"out", "resume"} if args.resume else {"out", "resume", "init"}
-        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in own}
+    elif not resume and os.path.exists(latest):
+        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
+    if source := latest if resume else args.init:   # its arguments are the defaults; what is given must fit
+        model, checkpoint = load_checkpoint(source, args.device)
+        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in MAY_DIFFER}
         if not saved or "optimizer" not in checkpoint:
-            raise ValueError(f"{latest if args.resume else args.init} was not written by train.py")
-        if args.init and args.math and not args.resume:
+            raise ValueError(f"{source} was not written by train.py")
+        if args.math and not resume:
             saved["math_share"] = None                      # of a run that had no math, perhaps
-        parser.set_defaults(**{**saved, "device": args.device, "compile": args.compile})
-        given = parser.parse_args()
-        changed = [k for k in saved if k not in (MAY_DIFFER if args.resume else MAY_BRANCH)
-                   and getattr(given, k) != saved[k]]
+        parser.set_defaults(**saved)
+        args = parser.parse_args()
+        changed = [k for k in saved if getattr(args, k) != saved[k] and (resume or k not in MAY_BRANCH)]
         if changed:
             raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run "
                              "and cannot change")
-        if args.init and not args.resume and checkpoint["step"] != constant_steps(given):
-            raise ValueError(f"{args.init} is at step {checkpoint['step']}, not at the end of the constant "
+        if not resume and checkpoint["step"] != constant_steps(args):
+            raise ValueError(f"{source} is at step {checkpoint['step']}, not at the end of the constant "
                              "phase, as a run's stable.pt is")
-        given.out, given.resume = args.out, args.resume
-        check(given)
-        return given, model, checkpoint
-    for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
-        if getattr(args, key) is None and not (key == "layers" and args.loop):
-            setattr(args, key, value)
-    if args.loop and args.method != "looped":
-        raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
-                         "cooldown of its own with --init")
+    else:
+        for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
+            if getattr(args, key) is None and not (key == "layers" and args.loop):
+                setattr(args, key, value)
+        if args.loop and args.method != "looped":
+            raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
+                             "cooldown of its own with --init")
+    args.out, args.resume = out, resume
     check(args)
-    return args, None, None
+    return args, model, checkpoint
 
 
 def check(args):
@@ -292,7 +284,7 @@ def check(args):
         METHODS[args.method](args.layers, args.block)       # the block must divide the layers
     args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
     stages(args)                                            # and the stages need steps
-    args.kv_heads = args.kv_heads or args.heads
+    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     if args.math and not args.data:
         raise ValueError("--math goes with --data: the built-in world has math of its own")
     if args.math_share is None:
@@ -307,14 +299,12 @@ def check(args):
 
 def open_streams(args, encoding):
     """-> training rows of each stream, held-out rows of each stream."""
-    n = args.steps * args.batch         # the world writes as much as the run reads
     if args.data:
-        general = file_stream(args, encoding, args.data)
-        math_ = file_stream(args, encoding, args.math) if args.math else None
-    else:
-        general = world_stream(args, encoding, "general", n)
-        math_ = world_stream(args, encoding, "math", max(1, n - constant_steps(args) * args.batch))
-    streams = {"general": general} if math_ is None else {"general": general, "math": math_}
+        files = {"general": args.data, "math": args.math}
+        streams = {name: file_stream(args, encoding, some) for name, some in files.items() if some}
+    else:       # the world writes as much as the run reads
+        sizes = {"general": args.steps, "math": max(1, args.steps - constant_steps(args))}
+        streams = {name: world_stream(args, encoding, name, n * args.batch) for name, n in sizes.items()}
     return ({name: train for name, (train, _) in streams.items()},
             {name: torch.from_numpy(heldout.astype(np.int32)) for name, (_, heldout) in streams.items()})
 
@@ -368,9 +358,11 @@ def main():
     optimizer = make_optimizer(model, args)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    compiled = will_compile(args, say)
-    training = prepare(model, args, compiled, world_size > 1)
-    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, args.device.startswith("cuda"))
+    eager, cuda = why_eager(args), args.device.startswith("cuda")
+    if eager:
+        say(f"running eagerly: {eager}")
+    training = prepare(model, not eager, world_size > 1)
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, cuda)
     plan, peak = stages(args), peak_flops(args.device)
     total = flops_until(args, model.config, args.steps)
     plain = training_flops(model.config, args.steps * args.batch * args.context, path=range(args.depth))
@@ -395,7 +387,7 @@ def main():
         flops = flops_until(args, model.config, step)
         rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
         row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
-               "lr": learning_rate(args, step), "depth": len(model.config.full_path),
+               "lr": learning_rate(args, step), "depth": len(model.config.visits()),
                "flops": flops, "flops_share": flops / plain,
                "tokens_per_second": n_steps * args.batch * args.context / seconds}
         if peak:
@@ -432,11 +424,8 @@ def main():
                      unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
-        tokens, targets = batch_of(streams, args, step, rank, world_size)
-        if args.device.startswith("cuda"):
-            tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        tokens = tokens.to(args.device, non_blocking=True)
-        targets = targets.to(args.device, non_blocking=True)
+        tokens, targets = ((x.pin_memory() if cuda else x).to(args.device, non_blocking=True)
+                           for x in batch_of(streams, args, step, rank, world_size))
         with autocast:
             loss = training(tokens, targets)[1]
         loss.backward()
@@ -449,7 +438,7 @@ def main():
         if done in growing:
             before = mean_loss(model, heldout["general"])
             model, optimizer, path = grow_by_one_block(model, optimizer, args)
-            training = prepare(model, args, compiled, world_size > 1)
+            training = prepare(model, not eager, world_size > 1)
             after = mean_loss(model, heldout["general"])
             growth = growth + [{"step": done, "path": path}]
             log.append({"step": done, "growth": path, "loss before": before, "loss after": after})

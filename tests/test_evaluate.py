@@ -268,7 +268,8 @@ def test_questions_from_a_file(trained, tmp_path):
 
 @pytest.mark.parametrize("command", [[], ["none.pt"], ["--tasks", "juggling"], ["-n", 0], ["--loop", "1,2"],
                                      ["--loop", "9,9,9"], ["--table", "none.jsonl"],
-                                     ["--only", "none"], ["--sweep", "--block", 7], ["--shots", 1, "--sweep"], ["--shots", 1, "--loop", "2,2,1"]])
+                                     ["--only", "none"], ["--sweep", "--block", 7], ["--shots", 1, "--sweep"],
+                                     ["--tasks", "--sweep"], ["--shots", 1, "--loop", "2,2,1"]])
 def test_bad_input_ends_in_one_line(command, trained):
     checkpoint = [] if command in ([], ["none.pt"]) or "--table" in command else [trained / "ckpt.pt"]
     result = script("evaluate.py", *checkpoint, *command)

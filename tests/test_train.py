@@ -139,8 +139,8 @@ def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("place, times", [("os.fsync", 7), ("os.replace", 13), ("grow.grow_optimizer", 2)])
 def test_killed_while_it_writes_or_grows(trained, tmp_path, place, times):
-    """kill -9 with a checkpoint written but not yet in its place, between the two checkpoints at the end of the
-    constant phase, where stable.pt was once lost for good, and with the second growth half done."""
+    """kill -9 with a checkpoint written but not yet in its place, between the two checkpoints at the end of
+    the constant phase, where stable.pt was once lost for good, and with the second growth half done."""
     module, name = place.split(".")
     code = f"""if True:
         import os, signal, sys, {module}
@@ -181,7 +181,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
 def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
-    """The system refuses what is larger than the checkpoints of 4 layers, in the middle of writing one of 6."""
+    """The system refuses what is larger than a checkpoint of 4 layers, in the middle of writing one of 6."""
     import resource
     out, limit = tmp_path / "run", os.path.getsize(trained / "ckpt.pt") * 9 // 10
     result = script("train.py", *TINY_RUN, "--out", out, preexec_fn=lambda: resource.setrlimit(
@@ -240,7 +240,7 @@ def test_every_method_runs(method, tmp_path, monkeypatch):
     out = tmp_path / method
     assert run_main(monkeypatch, *TINY_RUN, "--method", method, "--steps", 10, "--out", out) == 0
     model, checkpoint = load_checkpoint(out / "ckpt.pt")
-    assert len(model.config.full_path) == 6 and checkpoint["step"] == 10
+    assert len(model.config.visits()) == 6 and checkpoint["step"] == 10
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
@@ -366,7 +366,7 @@ BAD = {
                   "UTF-8"),
     "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]),
                             "--encoding", "world"], "gzip"),
-    "damaged gzip": (lambda d: ["--data", bad_file(d, "d.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:12] + b"?" * 9),
+    "damaged gzip": (lambda d: ["--data", bad_file(d, "d.jsonl.gz", gzip.compress(b"{}")[:12] + b"?" * 9),
                                 "--encoding", "world"], "gzip"),
     "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"],
                          "no encoding"),
