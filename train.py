@@ -433,6 +433,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         loss_sum += loss.detach()       # stays on the device: the loop waits for it at the log lines only
+        del loss                        # its graph would hold the parameters that growth replaces
 
         done = step + 1
         if done in growing:

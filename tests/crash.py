@@ -43,10 +43,9 @@ def main():
         whole = time.time() - begun
         kills, steps, finished = 0, [], 0
         while kills < args.kills or not finished:
-            resume = os.path.exists(os.path.join(out, "ckpt.pt"))
-            process = start("--out", out, "--resume") if resume else start(*RUN, "--out", out)
-            try:    # an eighth of a run beyond the start of Python: several kills a run
-                code = process.wait(rng.uniform(0, whole / 3) + whole / 6 if kills < args.kills else None)
+            process = start(*RUN, "--out", out, "--resume")
+            try:    # also before the first step, while Python starts
+                code = process.wait(rng.uniform(0, whole / 2) if kills < args.kills else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -56,10 +55,11 @@ def main():
                 continue
             if code:
                 sys.exit(f"it did not resume after {kills} kills: exit code {code}")
-            one, two = (torch.load(os.path.join(run, "ckpt.pt"), weights_only=True)
-                        for run in (reference, out))
-            if not all(torch.equal(w, two["model"][name]) for name, w in one["model"].items()):
-                sys.exit(f"other weights after {kills} kills")
+            for file in ("ckpt.pt", "stable.pt"):
+                one, two = (torch.load(os.path.join(run, file), weights_only=True)["model"]
+                            for run in (reference, out))
+                if not all(torch.equal(w, two[name]) for name, w in one.items()):
+                    sys.exit(f"other weights in {file} after {kills} kills")
             finished += 1
             if kills < args.kills:      # and once more from the start
                 for name in os.listdir(out):
