@@ -1,9 +1,9 @@
 """
 Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
 
-    python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 3 minutes on two cores
+    python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 2 minutes on two cores
     python tests/bench.py --shape gpt2                          # GPT-2 small's shape, for a GPU
-    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 20 minutes
+    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 14 minutes
 """
 import argparse
 import os
@@ -73,13 +73,16 @@ def main():
           f"batch {batch}")
 
     print(f"\n{'training step':<34}{'tokens/s':>12}{'MFU':>8}")
-    peak = peak_flops(device)
-    for name, compiled, fused in (
-            ("eager, AdamW not fused (nanoGPT's)", None, False), ("eager", None, True),
-            ("layers compiled (train.py's)", "layer", True), ("model compiled", "model", True)):
-        torch._dynamo.reset()
-        step = training_step(config, batch, device, compiled, fused)
-        rate = batch * config.context / seconds(step, device, args.repeats)
+    peak, variants = peak_flops(device), {
+        "eager, AdamW not fused (nanoGPT's)": (None, False), "eager": (None, True),
+        "layers compiled (train.py's)": ("layer", True), "model compiled": ("model", True)}
+    steps = {name: training_step(config, batch, device, *how) for name, how in variants.items()}
+    times = {name: [] for name in steps}
+    for i in range(2 + args.repeats):           # side by side: a machine's speed drifts within minutes
+        for name, step in steps.items():
+            times[name].append(seconds(step, device, 1, warmup=0))
+    for name, taken in times.items():
+        rate = batch * config.context / sorted(taken[2:])[args.repeats // 2]
         mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
         print(f"{name:<34}{rate:>12,.0f}{mfu:>8}", flush=True)
     stream = np.zeros((10_000, config.context + 1), dtype=np.uint16)
