@@ -138,7 +138,7 @@ def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("place, times", [("os.fsync", 7), ("os.replace", 13), ("grow.grow_optimizer", 2)])
-def test_killed_while_it_writes_or_grows(trained, tmp_path, place, times):
+def test_killed_while_it_writes_or_grows(trained, tmp_path, monkeypatch, place, times):
     """kill -9 with a checkpoint written but not yet in its place, between the two checkpoints at the end of
     the constant phase, where stable.pt was once lost for good, and with the second growth half done."""
     module, name = place.split(".")
@@ -159,7 +159,7 @@ def test_killed_while_it_writes_or_grows(trained, tmp_path, place, times):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert weights(out)["step"] == {7: 0, 13: 20, 2: 10}[times]
-    assert script("train.py", *TINY_RUN, "--out", out, "--resume").returncode == 0
+    assert run_main(monkeypatch, *TINY_RUN, "--out", out, "--resume") == 0
     assert same_weights(weights(out), weights(trained))
     assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl", "stable.pt"]
 
@@ -180,7 +180,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
-def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
+def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path, monkeypatch):
     """The system refuses what is larger than a checkpoint of 4 layers, in the middle of writing one of 6."""
     import resource
     out, limit = tmp_path / "run", os.path.getsize(trained / "ckpt.pt") * 9 // 10
@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
         resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 2 and "ckpt.pt could not be written" in result.stderr, result.stderr
     assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl"] and weights(out)["step"] == 10
-    assert script("train.py", "--out", out, "--resume").returncode == 0
+    assert run_main(monkeypatch, "--out", out, "--resume") == 0
     assert same_weights(weights(out), weights(trained))
 
 
