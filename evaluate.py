@@ -39,8 +39,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import loop_path, parse_repeats
-from model import (PIECES, Parser, continue_text, load_checkpoint, load_encoding, mean_loss, run_script,
-                   token_dtype)
+from model import (PIECES, Parser, continue_text, load_checkpoint, load_encoding, make_folder, mean_loss,
+                   run_script, token_dtype)
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -437,9 +437,10 @@ def answer_file(model, encoding, file, n, max_new_tokens):
     for number, (question, answer) in enumerate(tqdm(lines, desc="questions", leave=False, disable=None), 1):
         if not final_answer(answer):
             raise ValueError(f"{file}, line {number}: the answer is empty")
-        room = model.config.context - 1 - len(encoding.encode_ordinary(ask(question)))
+        prompt = ask(question)
+        room = model.config.context - 1 - len(encoding.encode_ordinary(prompt))
         too_long += room < 1
-        text = continue_text(model, encoding, ask(question), min(max_new_tokens, room)) if room > 0 else ""
+        text = continue_text(model, encoding, prompt, min(max_new_tokens, room)) if room > 0 else ""
         right.append(final_answer(text.split("\n\n")[0]) == final_answer(answer))
     if not right:
         raise ValueError(f"{file} holds no questions")
@@ -512,7 +513,7 @@ def sweep(args, run, model, encoding, add):
 
 
 def append_rows(file, rows):
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+    make_folder(file)
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -642,8 +643,8 @@ def main():
         parser.error("--only goes with --table")
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
-    least = [args.draws, args.block, *args.repeats, *(args.finetune or [])]
-    least += [] if args.length is None else [args.length]
+    length = 1 if args.length is None else args.length
+    least = [args.draws, args.block, length, *args.repeats, *(args.finetune or [])]
     if args.n is None and not args.questions:
         args.n = 200
     if args.n is not None and args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:
@@ -659,7 +660,8 @@ def main():
             append_rows(args.results, new)
     rows = [row for row in rows if args.only in row["table"]]
     if not rows:
-        raise ValueError(f"no table has a name that contains {args.only!r}")
+        raise ValueError(f"no table has a name that contains {args.only!r}" if args.only else
+                         "there is nothing to show: no rows in the file, or nothing that fits the context")
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:

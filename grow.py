@@ -65,7 +65,8 @@ def parameters_along(model, path):
 
 @torch.no_grad()
 def grow(model, path):
-    """An independent model with one layer per visit of the path: layer v of it is a copy of layer path[v].
+    """An independent model with one layer per visit of the path (its own for None): layer v of it is a copy
+    of layer path[v].
 
     At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a
     path that is empty or visits a layer that does not exist.

@@ -46,7 +46,7 @@ def parse_repeats(text, n_layer):
 
 def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
-    return grow(model, model.config.visits(path))
+    return grow(model, path)
 
 
 def export(model, folder, path=None, source=None):

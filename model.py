@@ -515,10 +515,14 @@ def tokens_of(file):
 # -----------------------------------------------------------------------------
 # checkpoints: a dict with config, model, encoding (as above), heldout rows, and what train.py needs to go on
 
+def make_folder(file):
+    """The folder that a file will lie in."""
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+
+
 def save_atomically(file, write):
     """Writes a file in one step: after a crash at any instant, a reader finds the old one or the new one."""
-    folder = os.path.dirname(os.path.abspath(file))
-    os.makedirs(folder, exist_ok=True)
+    make_folder(file)
     part = f"{file}.{os.getpid()}.part"      # two runs may write the same file of data
     try:
         with open(part, "wb") as f:

@@ -11,7 +11,6 @@ h is the residual stream before a visit, a and m are the outputs of its attentio
 update. Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
 """
 import json
-import os
 import statistics
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables
 from loop import parse_repeats
-from model import Parser, mean_loss, run_script, save_atomically
+from model import Parser, make_folder, mean_loss, run_script, save_atomically
 
 # -----------------------------------------------------------------------------
 # running visit by visit
@@ -63,8 +62,9 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
 
     Visit s is left out everywhere but at the first token of a document, and effect(s, l) =
     |D_l - D'_l| / |D_l| of each later visit l; on the output |softmax - softmax'|_2. future=t: left out only
-    at positions < t, read only at those >= t, where a change can have come through attention alone. reduce: "max" or "mean" over positions,
-    then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the output (depth,).
+    at positions < t, read only at those >= t, where a change can have come through attention alone. reduce:
+    "max" or "mean" over positions, then the mean over sequences. -> effects (depth, depth), zero where
+    l <= s; effect on the output (depth,).
 
     Cost: nothing in front of a visit changes, so the run without visit s starts behind it: in all
     depth * (depth + 1) / 2 layer passes; running the model anew for each takes depth + depth * (depth - 1).
@@ -297,7 +297,7 @@ def plot(file, models):
         group = torch.stack([model["curves"]["skip_effects"] for model in models if model["name"] == name])
         axis.imshow(group.mean(0).T.log10(), origin="lower", vmin=-1, vmax=1.5)
         axis.set(title=f"{name}: log10 effect", xlabel="skipped visit", ylabel="on visit")
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+    make_folder(file)
     figure.savefig(file, dpi=150)
 
 # -----------------------------------------------------------------------------

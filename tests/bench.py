@@ -27,21 +27,22 @@ SHAPES = {
 }
 
 
-def seconds(function, device, repeats, warmup=2):
-    """Median time of a call, after some that warm up."""
-    times = []
-    for i in range(warmup + repeats):
-        begun = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return sorted(times[warmup:])[repeats // 2]
+def seconds(device, repeats, *functions, warmup=2):
+    """Median time of a call of each, after some that warm up; in turn, as a machine's speed drifts."""
+    times = [[] for _ in functions]
+    for _ in range(warmup + repeats):
+        for function, taken in zip(functions, times):
+            begun = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+    return [sorted(taken[warmup:])[repeats // 2] for taken in times]
 
 
 def training_step(config, batch, device, compiled, fused):
     torch.manual_seed(0)
-    model = GPT(config).to(device).train()
+    model = GPT(config).to(device)
     for layer in model.layers:
         if compiled == "layer":
             layer.compile(dynamic=False)
@@ -76,36 +77,32 @@ def main():
     peak, variants = peak_flops(device), {
         "eager, AdamW not fused (nanoGPT's)": (None, False), "eager": (None, True),
         "layers compiled (train.py's)": ("layer", True), "model compiled": ("model", True)}
-    steps = {name: training_step(config, batch, device, *how) for name, how in variants.items()}
-    times = {name: [] for name in steps}
-    for i in range(2 + args.repeats):           # side by side: a machine's speed drifts within minutes
-        for name, step in steps.items():
-            times[name].append(seconds(step, device, 1, warmup=0))
-    for name, taken in times.items():
-        rate = batch * config.context / sorted(taken[2:])[args.repeats // 2]
+    steps = [training_step(config, batch, device, *how) for how in variants.values()]
+    for name, step_time in zip(variants, seconds(device, args.repeats, *steps)):
+        rate = batch * config.context / step_time
         mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
         print(f"{name:<34}{rate:>12,.0f}{mfu:>8}", flush=True)
     stream = np.zeros((10_000, config.context + 1), dtype=np.uint16)
     run = argparse.Namespace(batch=batch, steps=10_000, cooldown=0.2, math_share=0.5, seed=0)
-    time_taken = seconds(lambda: batch_of({"general": stream, "math": stream}, run, 9_000), device, 100)
+    time_taken, = seconds(device, 100, lambda: batch_of({"general": stream, "math": stream}, run, 9_000))
     print(f"making its batch: {time_taken * 1e3:.2f} ms, "
           f"{time_taken * rate / (batch * config.context):.2%} of the last of these steps")
 
     config = GPTConfig(**{**shape, "context": max(512, config.context)})
-    model = GPT(config).to(device).eval()
+    model = GPT(config).to(device)
     looped = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1)
     print(f"\n{'generation to 512 tokens':<34}{'tokens/s':>12}{'last 16':>10}")
     for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
                               ("looped, cached", looped, True), ("looped, not cached", looped, False)):
         def taken(prompt, new):
             prompt = torch.zeros(1, prompt, dtype=torch.long, device=device)
-            return seconds(lambda: model.generate(prompt, new, path, use_cache=cache), device, 1, warmup=0)
+            return seconds(device, 1, lambda: model.generate(prompt, new, path, use_cache=cache), warmup=0)[0]
         taken(16, 4)
         print(f"{name:<34}{496 / taken(16, 496):>12,.1f}{16 / (taken(496, 17) - taken(496, 1)):>10,.1f}",
               flush=True)
 
     rows = torch.randint(config.vocab_size, (8, 129))
-    time_taken = seconds(lambda: all_signatures(model, rows, 2), device, 1, warmup=0)
+    time_taken, = seconds(device, 1, lambda: all_signatures(model, rows, 2), warmup=0)
     print(f"\nall signatures, 8 rows of 128 tokens: {time_taken:.1f} s")
 
 

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -224,9 +225,8 @@ def test_a_line_that_is_no_row_is_named(line, tmp_path):
         E.read_rows(file)
 
 
-def test_models_that_would_share_a_line_are_refused(trained, tmp_path, monkeypatch):
+def test_models_that_would_share_a_line_are_refused(trained, tmp_path):
     """Two models of one name and one seed were once one line: the second one's numbers."""
-    import shutil
     shutil.copytree(trained, tmp_path / "lidas")
     result = script("evaluate.py", trained / "ckpt.pt", tmp_path / "lidas" / "ckpt.pt", "--tasks")
     assert result.returncode == 2 and "share the line lidas" in result.stderr, result.stderr

@@ -15,7 +15,8 @@ from model import run_script
 
 NUMBERS = ["-1", "0", "1", "2", "3", "7", "1e9", "nan", "inf", "", "two", "2.5"]
 PLACES = ["2,2,1", "0,1,1", "5,2,1", "1,2", "a,b,c", "-1,2,1", ""]
-OPTIONS = {     # script: {option: values to draw from}; every command starts with a tiny one that works
+# script: {option: values to draw from, None where it takes none}; every command starts with one that works
+OPTIONS = {
     train: {
         **{name: NUMBERS for name in (
             "--layers", "--block", "--alpha", "--width", "--heads", "--kv-heads", "--context", "--batch",
@@ -25,7 +26,7 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--data": ["none.txt", ".", "{checkpoint}"], "--math": ["none.txt"],
         "--init": ["none.pt", "{checkpoint}"],
         "--encoding": ["world", "none"],
-        "--device": ["cpu", "gpu", "cuda:99", "meta"], "--compile": ["off", "maybe"], "--resume": [""]},
+        "--device": ["cpu", "gpu", "cuda:99", "meta"], "--compile": ["off", "maybe"], "--resume": [None]},
     grow: {
         "--method": ["midas", "lidas", "up"], "--block": NUMBERS,
         "--out": ["{folder}/deep.pt", "{checkpoint}/x.pt"]},
@@ -42,14 +43,13 @@ OPTIONS = {     # script: {option: values to draw from}; every command starts wi
         "--finetune": ["0", "2", "x"], "--draws": ["0", "1"], "--block": NUMBERS, "--repeats": NUMBERS[:5],
         "--questions": ["none.jsonl", "{checkpoint}"], "--table": ["none.jsonl", "{checkpoint}"],
         "--results": ["{folder}/new/rows.jsonl", "{checkpoint}/x"], "--only": ["tasks", "none"],
-        "--sweep": [""], "--json": [""], "--detail": [""], "--seed": ["0", "-1", "x"]},
+        "--sweep": [None], "--json": [None], "--detail": [None], "--seed": ["0", "-1", "x"]},
     signatures: {
         "--rows": ["0", "1", "x"], "--stream": ["general", "math", "prose"], "--block": NUMBERS,
         "--loop": PLACES, "--reduce": ["max", "mean", "sum"],
         "--results": ["{folder}/new/rows.jsonl"],
         "--out": ["{folder}/s.json", "{checkpoint}/s.json"]},
 }
-FLAGS = {"--resume", "--sweep", "--json", "--detail"}       # take no value
 
 
 def command(module, rng, checkpoint, folder):
@@ -62,8 +62,9 @@ def command(module, rng, checkpoint, folder):
         start = [f"{folder}/none.pt"] + start[1:]
     for option in rng.sample(list(OPTIONS[module]), rng.randint(1, 3)):
         value = rng.choice(OPTIONS[module][option])
-        value = value.replace("{folder}", folder).replace("{checkpoint}", checkpoint)
-        start += [option] if option in FLAGS else [option, value]
+        start.append(option)
+        if value is not None:
+            start.append(value.replace("{folder}", folder).replace("{checkpoint}", checkpoint))
     return start
 
 
