@@ -207,7 +207,7 @@ def read_args():
     parser.add_argument("--seed", type=int, default=0, help="of the init and the order of rows (default: 0)")
     # the data
     parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
-    parser.add_argument("--math", nargs="+", help="math for the cooldown (default: the built-in world's)")
+    parser.add_argument("--math", nargs="+", help="text for the cooldown (default: the built-in world's math)")
     parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75: two steps "
                                                          "are learned, little forgotten; 0 without math)")
     parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download "
@@ -285,8 +285,6 @@ def check(args):
     args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
     stages(args)                                            # and the stages need steps
     args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    if args.math and not args.data:
-        raise ValueError("--math goes with --data: the built-in world has math of its own")
     if args.math_share is None:
         args.math_share = 0.0 if args.data and not args.math else 0.75
     if args.math_share and args.data and not args.math:
@@ -299,12 +297,13 @@ def check(args):
 
 def open_streams(args, encoding):
     """-> training rows of each stream, held-out rows of each stream."""
-    if args.data:
-        files = {"general": args.data, "math": args.math}
-        streams = {name: file_stream(args, encoding, some) for name, some in files.items() if some}
-    else:       # the world writes as much as the run reads
-        sizes = {"general": args.steps, "math": max(1, args.steps - constant_steps(args))}
-        streams = {name: world_stream(args, encoding, name, n * args.batch) for name, n in sizes.items()}
+    files, streams = {"general": args.data, "math": args.math}, {}
+    sizes = {"general": args.steps, "math": max(1, args.steps - constant_steps(args))}
+    for name in files:
+        if files[name]:
+            streams[name] = file_stream(args, encoding, files[name])
+        elif not args.data:     # the world writes as much as the run reads
+            streams[name] = world_stream(args, encoding, name, sizes[name] * args.batch)
     return ({name: train for name, (train, _) in streams.items()},
             {name: torch.from_numpy(heldout.astype(np.int32)) for name, (_, heldout) in streams.items()})
 

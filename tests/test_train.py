@@ -222,6 +222,10 @@ def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_pa
                     "--out", three) == 0
     assert run_main(monkeypatch, "--init", three / "stable.pt", "--math", text, "--out", four) == 0
     assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
+    six = tmp_path / "six"                                      # the world's general text, math of one's own
+    assert run_main(monkeypatch, "--init", one / "stable.pt", "--math", text, "--out", six) == 0
+    assert all(torch.equal(weights(six)["heldout"][name], weights(source)["heldout"][other])
+               for name, source, other in (("general", one, "general"), ("math", three, "general")))
     assert run_main(monkeypatch, "--init", one / "stable.pt") == 2 and "--out" in capsys.readouterr().err
     five = tmp_path / "five"                                    # deeper than its constant phase, resumed
     command = ["--init", one / "stable.pt", "--loop", "1-2x3-2", "--out", five, "--resume"]
@@ -367,7 +371,7 @@ BAD = {
                                 "--encoding", "world"], "gzip"),
     "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"],
                          "no encoding"),
-    "math without data": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "--data"),
+    "math too short": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "too short"),
     "no loop": (lambda d: ["--method", "looped", "--loop", "2x"], "e-LxK-d"),
     "loop against layers": (lambda d: ["--method", "looped", "--loop", "2x2"], "contradicts"),
     "nothing to loop": (lambda d: ["--method", "looped", "--layers", 2], "3 layers"),
