@@ -14,11 +14,11 @@ before the middle and the first of the one behind: of 8 layers in blocks of 4, M
 """
 import copy
 import dataclasses
+import re
 
 import torch
 
-from model import (GPT, Parser, checkpoint_of, load_checkpoint, loop_path, mean_loss, run_script,
-                   save_checkpoint)
+from model import GPT, Parser, load_checkpoint, loop_path, mean_loss, run_script, save_derived
 
 # -----------------------------------------------------------------------------
 # growth operators: (stored layers, layers per block) -> path of n_layer + block visits, one block twice
@@ -138,7 +138,11 @@ def learning_rate(args, step):
 
 
 def stages(args):
-    """[(first step, depth), ...]: growth by args.block layers in the constant phase, then the cooldown."""
+    """[(first step, depth), ...]: growth by args.block layers in the constant phase, then the cooldown.
+
+    args.layers: visits at the end of the constant phase; args.depth: visits in the cooldown, which differ
+    where --init adds a --loop. Stored layers are config.n_layer: fewer, where a path visits some twice.
+    """
     constant, first = constant_steps(args), [(0, args.layers)]
     if args.method in METHODS:
         steps = growth_steps(constant, args.layers // args.block, args.alpha)
@@ -177,7 +181,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L
 
 def peak_flops(device):
     name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 # -----------------------------------------------------------------------------
 
@@ -202,8 +206,7 @@ def main():
         print(f"held-out {name} loss: {mean_loss(model, rows):.4f} before, {mean_loss(grown, rows):.4f} "
               f"after, {mean_loss(model, rows, path):.4f} of the small model along the path")
     growth = checkpoint.get("growth", []) + [{"step": checkpoint.get("step", 0), "path": path}]
-    save_checkpoint(args.out, checkpoint_of(grown, growth=growth, step=checkpoint.get("step", 0),
-                                            **{k: checkpoint[k] for k in ("encoding", "heldout")}))
+    save_derived(args.out, grown, checkpoint, growth=growth, step=checkpoint.get("step", 0))
     print(f"saved {args.out}; it holds no optimizer, so train.py cannot go on with it. Next:\n"
           f"  python loop.py {args.out} --prompt \"...\"")
 

@@ -17,8 +17,8 @@ import shutil
 import torch
 
 from grow import grow
-from model import (Parser, checkpoint_of, continue_text, llama_names, load_checkpoint, load_encoding,
-                   loop_path, mean_loss, one_line, read_json, run_script, save_checkpoint)
+from model import (Parser, continue_text, llama_names, load_checkpoint, load_encoding, loop_path, mean_loss,
+                   one_line, read_json, run_script, save_derived)
 
 
 def parse_loop(text):
@@ -132,9 +132,9 @@ def main():
                         help="extra visits; 0 visits each layer once, also one that was trained to loop "
                              "(default: 0 1 2 4)")
     parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
-    parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied")
-    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory; with one "
-                                                        "number of --repeats along that loop")
+    parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied; "
+                                                         "with one number of --repeats along that loop")
+    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory")
     # sampling
     parser.add_argument("--length", type=int, default=48, help="length of the continuation (default: 48)")
     parser.add_argument("--temperature", type=float, default=0.0,
@@ -146,25 +146,25 @@ def main():
         parser.error("--temperature must be 0 or more, --length 1 or more")
 
     model, checkpoint = load_checkpoint(args.checkpoints[0], args.device, args.tokens)
-    if args.unroll:
-        untied = unroll(model)
-        save_checkpoint(args.unroll,
-                        checkpoint_of(untied, **{k: checkpoint[k] for k in ("encoding", "heldout")}))
-        print(f"saved {args.unroll}: {untied.config.n_layer} layers from {model.config.n_layer}")
-        return
-    if args.export and (args.start is not None or args.repeats) and len(args.repeats or []) != 1:
-        raise ValueError("--export writes one model: give one number of --repeats")
+    given = args.start is not None or args.repeats is not None
     if args.start is None:
         args.start = (model.config.n_layer - args.block) // 2
-    if args.export:
-        path = model.config.visits() if args.repeats is None else loop_path(
+    if args.unroll or args.export:
+        if given and len(args.repeats or []) != 1:
+            raise ValueError("--unroll and --export write one model: give one number of --repeats")
+        path = model.config.visits() if not given else loop_path(
             model.config.n_layer, args.start, args.block, args.repeats[0])
+    if args.unroll:
+        save_derived(args.unroll, unroll(model, path), checkpoint)
+        print(f"saved {args.unroll}: {len(path)} layers from {model.config.n_layer}")
+    if args.export:
         source = args.checkpoints[0] if os.path.isdir(args.checkpoints[0]) else None
         export(model, args.export, path, source)
         print(f"saved {args.export}: {len(path)} layers, " +
               (f"with the tokenizer files of {source}" if source else "without its tokenizer"))
         if model.config.separator is not None:
             print("Llama has no mask between documents: give it one document at a time")
+    if args.unroll or args.export:
         return
     args.repeats = args.repeats or [0, 1, 2, 4]
     if not checkpoint["heldout"] and args.sweep:

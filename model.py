@@ -97,7 +97,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """places: cos, sin and mask, of GPT.places. slot: this visit's [keys, values] so far, filled in place."""
+    """x (batch, time, n_embd) of the new positions; places: cos, sin and mask, of GPT.places; slot: this
+    visit's [keys, values] so far, each (batch, n_kv_head, seen, head width), to which the new are added."""
 
     def __init__(self, config):
         super().__init__()
@@ -214,7 +215,8 @@ class GPT(nn.Module):
         """The residual stream (batch, time, n_embd) behind the last norm; self.head turns it into logits.
 
         cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two:
-        its second visit attends to the keys of second visits. Only tokens behind those it has seen are run.
+        its second visit attends to the keys of second visits. tokens are still all of them, but only those
+        that the cache has not seen are run: (batch, time - seen, n_embd).
         """
         path = self.config.visits(path)
         seen = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -574,6 +576,15 @@ def load_checkpoint(file, device="cpu", tokens=None):
 
 def checkpoint_of(model, **more):
     return {"config": asdict(model.config), "model": model.state_dict(), **more}
+
+
+def save_derived(file, model, checkpoint, **more):
+    """Saves a model made from that of the checkpoint: without an optimizer or training FLOPs, which are not
+    its own. Raises ValueError where there is a file, which might be a run's only checkpoint."""
+    if os.path.exists(file):
+        raise ValueError(f"{file} exists: choose a new file")
+    kept = {key: checkpoint[key] for key in ("encoding", "heldout", "args") if key in checkpoint}
+    save_checkpoint(file, checkpoint_of(model, **kept, **more))
 
 # -----------------------------------------------------------------------------
 # what every script does at its start

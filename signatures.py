@@ -253,18 +253,21 @@ def numbers(models, block):
             lambda c: late_over_middle(c[column]), models)
     for curve in ("attention", "mlp", "cos_attention", "skip_output"):
         for lag in range(1, min(len(model["path"]) for model in models) // 2 + 1):
-            add(f"periodicity of {curve}: autocorrelation by lag (* the block)",
-                f"lag {lag}{' *' if lag == block else ''}",
-                lambda c: periodicity(c[curve])[lag - 1].item(), models)
+            for column in [f"lag {lag}"] + ["that of the block"] * (lag == block):
+                add(f"periodicity of {curve}: autocorrelation by lag", column,
+                    lambda c: periodicity(c[curve])[lag - 1].item(), models)
     for column in (name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))):
         add("change of the loss, mean over places", column, lambda c: c[column].mean().item(), models)
     for model in models:
-        for other in models:
-            # two methods are compared within a seed; a method with itself between seeds: the most to expect
-            if (other["seed"] == model["seed"]) != (other["name"] == model["name"]):
-                add("convergence: correlation of two models' curves, mean over " + ", ".join(COMPARED),
-                    other["name"], lambda c: statistics.mean(
-                        convergence(c[name], other["curves"][name]) for name in COMPARED), [model])
+        for name in dict.fromkeys(other["name"] for other in models):
+            # another method is compared within the seed; the method itself with all its other seeds: the
+            # most that can be expected
+            others = [other for other in models if other["name"] == name
+                      and (other["seed"] == model["seed"]) != (name == model["name"])]
+            if others:
+                add("convergence: correlation of two models' curves, mean over " + ", ".join(COMPARED), name,
+                    lambda c: statistics.mean(convergence(c[curve], other["curves"][curve])
+                                              for other in others for curve in COMPARED), [model])
     return rows
 
 
@@ -333,11 +336,11 @@ def main():
                              f"four, and two blocks of {args.block}")
         name += "".join(f" {x}" for x in (args.loop, stream, args.reduce)     # what is not the default
                         if x not in (None, "general", "tokens", "max"))
-        curves = all_signatures(model, checkpoint["heldout"][stream][:args.rows], args.block, path,
-                                args.reduce)
+        rows = checkpoint["heldout"][stream][:args.rows]
+        curves = all_signatures(model, rows, args.block, path, args.reduce)
         models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})
         if not args.quiet:
-            print(f"\n{file}: depth {len(path)}, {args.rows} rows of {stream} text")
+            print(f"\n{file}: depth {len(path)}, {len(rows)} rows of {stream} text")
             bars(path, curves, ["attention", "mlp", "skip_output", "skip_later"])
             bars(path, curves, ["cos_attention", "cos_mlp", "exit_kl", "exit_top5"])
     rows = numbers(models, args.block)

@@ -15,6 +15,7 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
       / 2  |  4   |   6    |   8   | \\         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
+import datetime
 import functools
 import glob
 import hashlib
@@ -207,7 +208,7 @@ def read_args():
     parser.add_argument("--seed", type=int, default=0, help="of the init and the order of rows (default: 0)")
     # the data
     parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
-    parser.add_argument("--math", nargs="+", help="text for the cooldown (default: the built-in world's math)")
+    parser.add_argument("--math", nargs="+", help="for the cooldown (default: the built-in world's math)")
     parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75: two steps "
                                                          "are learned, little forgotten; 0 without math)")
     parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download "
@@ -236,8 +237,8 @@ def read_args():
         saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in MAY_DIFFER}
         if not saved or "optimizer" not in checkpoint:
             raise ValueError(f"{source} was not written by train.py")
-        if args.math and not resume:
-            saved["math_share"] = None                      # of a run that had no math, perhaps
+        if args.math and not resume and not saved["math_share"]:
+            saved["math_share"] = None                      # of a run that had no math
         parser.set_defaults(**saved)
         args = parser.parse_args()
         changed = [k for k in saved if getattr(args, k) != saved[k] and (resume or k not in MAY_BRANCH)]
@@ -319,15 +320,15 @@ def build(args, encoding):
 # -----------------------------------------------------------------------------
 
 def main():
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
     args, model, checkpoint = read_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(days=1))     # the others wait for the encoding
     torch.set_float32_matmul_precision("high")
     say = tqdm.write if rank == 0 else lambda line: None
 
@@ -340,6 +341,9 @@ def main():
     streams, heldout = open_streams(args, encoding)
     if rank == 0 and world_size > 1:
         dist.barrier()
+    if args.resume and not all(torch.equal(rows, checkpoint["heldout"][name])
+                               for name, rows in heldout.items()):
+        raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
 
     # ---- the model, new or as it was saved
     start, log, growth = 0, [], []
@@ -392,7 +396,7 @@ def main():
         if peak:
             row["mfu"] = rate / peak / world_size
         log.append(row)
-        eta = time.strftime("%H:%M:%S", time.gmtime((total - flops) / rate)) if rate else "-"
+        eta = datetime.timedelta(seconds=round((total - flops) / rate)) if rate else "-"
         say(f"step {step:>6}/{args.steps} {step / args.steps:>4.0%}  loss {loss:.4f}  held-out " +
             "  ".join(f"{name} {value:.4f}" for name, value in losses.items()) +
             f"  lr {row['lr']:.1e}  depth {row['depth']}  {row['tokens_per_second'] / 1e3:.1f}k tok/s" +
@@ -409,7 +413,8 @@ def main():
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        # the others wait for the first one: were each to stop at its own step, some would wait for ever
+        signal.signal(number, on_signal if rank == 0 else signal.SIG_IGN)
 
     if rank == 0 and not log:
         report(0, mean_loss(model, heldout["general"]), 1.0, 0)

@@ -202,7 +202,7 @@ ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "valu
         for model, seed, values in (("baseline", 0, (2.0, 1e12, 0.30)), ("baseline", 1, (2.2, 1e12, 0.50)),
                                     ("lidas", 0, (2.1, 8e11, 0.25)))
         for column, value, more in (("loss general", values[0], {}), ("flops", values[1], {}),
-                                    ("assign-0", values[2], {"n": 100, "chance": 0.2}))]
+                                    ("assign-0", values[2], {"n": 100, "se": 0.0433, "chance": 0.2}))]
 
 
 def test_tables_are_printed_from_rows(tmp_path):
@@ -241,13 +241,21 @@ def test_the_command(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
     columns = [(row["table"], row["column"]) for row in measured]
-    assert ("closed-book by looped path", "plain") in columns
+    assert ("closed-book by looped path", "own path") in columns
     assert ("loss math by looped path", "2,2,1") in columns
     assert {row["model"] for row in measured} == {"lidas"}
     for more, table in ((["--sweep", "--repeats", 1], "sweep"), (["--shots", 0, 1], "shots"),
                         (["--finetune", 4, "--draws", 1], "fine-tuning")):
         result = script("evaluate.py", trained / "ckpt.pt", "-n", 8, "--tasks", "closed-book", *more)
         assert result.returncode == 0 and table in result.stdout, result.stderr
+
+
+def test_a_question_that_the_model_goes_on_to_ask_is_not_scored(tmp_path, encoding, monkeypatch):
+    """The last number counts: of the answer, not of what base models write behind it."""
+    monkeypatch.setattr(E, "continue_text", lambda *_: " 3 + 4 = 7\nQuestion: 4 + 5?\nAnswer: 9")
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "3 + 4?", "answer": "7"}\n{"question": "3 + 4?", "answer": "9"}\n')
+    assert E.answer_file(tiny_model(), encoding, str(file), None, 20) == [True, False]
 
 
 def test_questions_from_a_file(trained, tmp_path):

@@ -160,3 +160,5 @@ def test_growing_a_checkpoint_by_command(trained, tmp_path):
     tokens = checkpoint["heldout"]["general"][:2, :-1].long()
     assert torch.equal(deep(tokens)[0], small(tokens, path=midas(6, 2))[0])
     assert deeper["growth"] == checkpoint["growth"] + [{"step": 30, "path": midas(6, 2)}]
+    result = script("grow.py", trained / "ckpt.pt", "--out", trained / "ckpt.pt")
+    assert result.returncode == 2 and "exists" in result.stderr     # it would lose the run's optimizer

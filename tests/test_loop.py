@@ -72,3 +72,9 @@ def test_unrolling_by_command(trained, tmp_path):
     b, _ = load_checkpoint(tmp_path / "untied.pt")
     tokens = checkpoint["heldout"]["math"][:2, :-1].long()
     assert torch.equal(a(tokens)[0], b(tokens)[0])
+    result = script("loop.py", trained / "ckpt.pt", "--unroll", tmp_path / "looped.pt", "--start", 2,
+                    "--repeats", 1)
+    assert result.returncode == 0, result.stderr
+    looped, kept = load_checkpoint(tmp_path / "looped.pt")
+    assert torch.equal(a(tokens, path=[0, 1, 2, 3, 2, 3, 4, 5])[0], looped(tokens)[0])
+    assert kept["args"]["seed"] == checkpoint["args"]["seed"] and "flops" not in kept

@@ -179,11 +179,29 @@ def test_convergence():
     assert S.convergence(curve, stretched) == pytest.approx(1)
 
 
+def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
+    """Of several seeds of one method only the last counted once."""
+    generator = torch.Generator().manual_seed(0)
+    models = [{"name": name, "seed": seed, "file": "", "path": range(8),
+               "curves": {curve: torch.rand(8, generator=generator) for curve in
+                          (*S.COMPARED, "update", "future_later", "future_output")}}
+              for seed in range(3) for name in ("one", "two")]
+
+    def between(a, b):
+        return sum(S.convergence(a["curves"][c], b["curves"][c]) for c in S.COMPARED) / len(S.COMPARED)
+    rows = {(r["model"], r["seed"], r["column"]): r["value"] for r in S.numbers(models, 2)
+            if r["table"].startswith("convergence")}
+    assert len(rows) == 12
+    assert rows["one", 1, "two"] == pytest.approx(between(models[2], models[3]))
+    mean = (between(models[2], models[0]) + between(models[2], models[4])) / 2
+    assert rows["one", 1, "one"] == pytest.approx(mean)
+
+
 def test_the_command(trained, tmp_path):
     out = tmp_path / "s.json"
     result = script("signatures.py", trained / "ckpt.pt", trained / "stable.pt", "--out", out)
     assert result.returncode == 0, result.stderr
-    assert "lag 2 *" in result.stdout and "convergence" in result.stdout and "####" in result.stdout
+    assert "that of the block" in result.stdout and "convergence" in result.stdout and "####" in result.stdout
     models = json.loads(out.read_text())
     assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6]
     assert models[0]["path"] == [0, 1, 2, 3, 4, 5]

@@ -222,6 +222,9 @@ def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_pa
                     "--out", three) == 0
     assert run_main(monkeypatch, "--init", three / "stable.pt", "--math", text, "--out", four) == 0
     assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
+    text.write_bytes(b"other words and more of them " * 99)     # held-out rows would be trained on
+    assert run_main(monkeypatch, "--resume", "--out", three) == 2 and "changed" in capsys.readouterr().err
+    text.write_bytes(b"some words and more of them " * 99)
     six = tmp_path / "six"                                      # the world's general text, math of one's own
     assert run_main(monkeypatch, "--init", one / "stable.pt", "--math", text, "--out", six) == 0
     assert all(torch.equal(weights(six)["heldout"][name], weights(source)["heldout"][other])
