@@ -3,6 +3,8 @@ import json
 import random
 import re
 import shutil
+import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +12,35 @@ from conftest import script, some_tokens, tiny_model
 
 import evaluate as E
 from model import load_encoding
+
+
+def questions(task, n=2000):
+    rng = random.Random(f"guesses {task}")
+    return [(prompt, answer.strip()) for prompt, answer in (E.example(task, rng) for _ in range(n))]
+
+
+def test_what_can_be_right_without_an_answer():
+    """The chance levels of the tables, and the shortcuts that README names. Open-book's once was 20%."""
+    named, last = [], []
+    for prompt, answer in questions("open-book"):
+        places = [word for word in re.findall("[a-z]+", prompt.split("\n")[0]) if word in E.PLACES]
+        assert answer in places
+        named.append(1 / len(set(places)))
+        last.append(answer == places[-1])
+    assert statistics.mean(named) == pytest.approx(E.TASKS["open-book"][2], abs=0.01)
+    assert statistics.mean(last) == pytest.approx(0.53, abs=0.02)
+    counts = Counter(answer for _, answer in questions("word-problem"))
+    assert counts.most_common(1)[0][1] / 2000 == pytest.approx(E.TASKS["word-problem"][2], abs=0.01)
+    for task, expected in ("assign-1", 0.46), ("assign-2", 0.58):
+        share = []
+        for prompt, answer in questions(task):
+            value = {}
+            for name, given in re.findall(r"(\w)=(\w+)\n", prompt):
+                value[name] = value.get(given, given)
+            counts = Counter(list(value.values())[-5:]).most_common()
+            most = [number for number, n in counts if n == counts[0][1]]
+            share.append((answer in most) / len(most))
+        assert statistics.mean(share) == pytest.approx(expected, abs=0.03), task
 
 
 @pytest.fixture(scope="module")
