@@ -560,7 +560,8 @@ def print_columns(lines, room=110):
     for n, band in enumerate(bands):
         print("\n" * (n > 0), end="")
         for name, *texts in lines:
-            print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
+            if any(texts[i] != "-" for i in band):      # else the model has none of these columns
+                print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
 
 
 def cell(column, by_seed, reference):
