@@ -248,7 +248,7 @@ def example(task, rng, heldout=True):
     return body + question, answer
 
 
-TASKS = {   # name: family, its options, accuracy of a guess that has understood the question, without a clue
+TASKS = {   # name: family, its options, accuracy of a guess that knows what is asked, but not the answer
     "copy-random": (copying, {"words": RANDOM_WORDS}, 1 / 10),
     "copy-real": (copying, {"words": WORDS}, 1 / 10),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
