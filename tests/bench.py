@@ -3,7 +3,7 @@ Speed, measured side by side in one process. By hand, not in CI; nothing else sh
 
     python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 2 minutes on two cores
     python tests/bench.py --shape gpt2                          # GPT-2 small's shape, for a GPU
-    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 14 minutes
+    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 20 minutes
 """
 import argparse
 import os
