@@ -38,9 +38,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from loop import loop_path, parse_repeats
-from model import (PIECES, Parser, continue_text, load_checkpoint, load_encoding, make_folder, mean_loss,
-                   run_script, token_dtype)
+from loop import PIECES, load_encoding, loop_path, parse_repeats
+from model import (Parser, continue_text, load_checkpoint, make_folder, mean_loss, run_script, token_dtype)
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -523,22 +522,20 @@ def append_rows(file, rows):
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def print_tables(rows, detail=False):
+def print_tables(rows):
     """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
     seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, columns = {}, {}     # a cell: {seed: {wording: row}}: what is measured again counts once
+        cells, columns = {}, {}     # a cell: {seed: row}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
-            model = row["model"] + row.get("suffix", "")
-            column = row["column"] if detail else re.sub("-(random|real|math|code|calc)$", "", row["column"])
-            seeds = cells.setdefault(model, {}).setdefault(column, {})
-            seeds.setdefault(row["seed"], {})[row["column"]] = row
+            model, column = row["model"] + row.get("suffix", ""), row["column"]
+            cells.setdefault(model, {}).setdefault(column, {})[row["seed"]] = row
             columns.setdefault(column, []).append(row)
         flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
         lines = [["", "seeds", *columns]]
         for model, by_column in cells.items():
             lines.append([model, str(len(set().union(*by_column.values())))] + [
-                cell(column, by_column.get(column, {}), max(flops, default=0)) for column in columns])
+                cell(list(by_column.get(column, {}).values()), max(flops, default=0)) for column in columns])
         for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
             found = [{round(scale * row[key]) for row in column if key in row} for column in columns.values()]
             if any(found):
@@ -564,20 +561,17 @@ def print_columns(lines, room=110):
                 print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
 
 
-def cell(column, by_seed, reference):
-    """A cell's text. by_seed: {seed: {wording: row}}; reference: training FLOPs of the baseline, or 0."""
-    if not by_seed:
+def cell(rows, reference):
+    """A cell's text. rows: of one column, one a seed; reference: training FLOPs of the baseline, or 0."""
+    if not rows:
         return "-"
-    by_seed = [list(rows.values()) for rows in by_seed.values()]
-    values = [statistics.mean(row["value"] for row in rows) for rows in by_seed]
-    mean, n = statistics.mean(values), sum(row.get("n", 0) for row in by_seed[0])
+    values, column = [row["value"] for row in rows], rows[0]["column"]
+    mean = statistics.mean(values)
     if column in ("depth", "params", "flops"):
         share = f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
         return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    if spread is None and all("se" in row for row in by_seed[0]):
-        spread = sum(row["se"] ** 2 for row in by_seed[0]) ** 0.5 / len(by_seed[0])
-    scale, digits = (100, 1) if n else (1, 3)           # what is counted in n examples is a percentage
+    spread = statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
+    scale, digits = (100, 1) if "n" in rows[0] else (1, 3)      # what is counted in n examples is a percentage
     return f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
 
 # -----------------------------------------------------------------------------
@@ -639,8 +633,8 @@ def main():
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
+    parser.add_argument("--columns", nargs="+", default=[], help="--table: only the columns of these names")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
-    parser.add_argument("--detail", action="store_true", help="a column for every wording of a task")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_device()
     args = parser.parse_args()
@@ -648,8 +642,8 @@ def main():
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
     if not args.tasks and (args.sweep or args.shots or args.finetune):
         parser.error("--sweep, --shots and --finetune need a task")
-    if args.only and not args.table:
-        parser.error("--only goes with --table")
+    if (args.only or args.columns) and not args.table:
+        parser.error("--only and --columns go with --table")
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
     length = 1 if args.length is None else args.length
@@ -667,14 +661,14 @@ def main():
         rows += new
         if args.results:
             append_rows(args.results, new)
-    rows = [row for row in rows if args.only in row["table"]]
+    rows = [row for row in rows if args.only in row["table"]
+            and (not args.columns or row["column"] in args.columns)]
     if not rows:
-        raise ValueError(f"no table has a name that contains {args.only!r}" if args.only else
-                         "there is nothing to show: no rows in the file, or nothing that fits the context")
+        raise ValueError("there is nothing to show: no rows of that name, or nothing that fits the context")
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
-        print_tables(rows, args.detail)
+        print_tables(rows)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 
+import tiktoken
 import torch
 
 from grow import grow
-from model import (Parser, continue_text, llama_names, load_checkpoint, load_encoding, loop_path, mean_loss,
-                   one_line, read_json, run_script, save_derived)
+from model import (Parser, continue_text, llama_names, load_checkpoint, loop_path, mean_loss, one_line,
+                   read_json, refuse_others, run_script, save_derived)
 
 
 def parse_loop(text):
@@ -48,6 +49,101 @@ def unroll(model, path=None):
     """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
     return grow(model, path)
 
+# -----------------------------------------------------------------------------
+# encodings: text for any checkpoint
+
+# of the built-in world: an assigned variable with its equals sign, the blank to fill in, words and numbers
+# below 100 with the space before them, single other characters
+PIECES = r"""(?<![A-Za-z])[a-z] ?=| ?___\.? ->|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
+# how GPT-2 splits text, and how SmolLM does, which gives every digit a token
+GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+# what tiktoken can be, of a tokenizer's settings; the empty ones stand for each other
+BYTE_PAIRS = {"type": ["BPE"], "byte_fallback": [False, None], "dropout": [None, 0.0], "normalizer": [None],
+              "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""],
+              "add_prefix_space": [False]}
+# every byte of ordinary text: vocabularies in use lack control characters and bytes that no text has
+TEXT_BYTES = {*b"\t\n\r", *range(32, 127), *range(128, 192), *range(194, 241)}
+
+
+def load_encoding(spec):
+    """What a checkpoint has as its encoding -> tiktoken.Encoding with an end-of-text token: of a name that
+    tiktoken knows, of a list of words, or of {"config.json": dict, "tokenizer.json": dict} of a Hugging Face
+    directory. Raises ValueError where that is not to be had.
+
+    A list makes an encoding of the 256 bytes and those words, so that every text can be encoded and decoded.
+    """
+    if isinstance(spec, dict):
+        try:
+            return llama_encoding(spec["config.json"], spec["tokenizer.json"])
+        except ValueError as error:
+            raise ValueError(f"tokenizer.json is none that tiktoken can express: {error}")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"there is no tokenizer.json as the tokenizers package writes it, so that only "
+                             f"--tokens FILE.bin works: {error!r}")
+    if not isinstance(spec, str):
+        tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
+        return tiktoken.Encoding("words", pat_str=PIECES, special_tokens={"<|endoftext|>": len(tokens)},
+                                 mergeable_ranks={t: i for i, t in enumerate(tokens)})
+    if spec not in tiktoken.list_encoding_names():
+        raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(spec)
+    except Exception as error:      # whatever the network stack raises: the cause is in the message
+        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
+                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it ({one_line(error)})")
+
+
+def llama_encoding(config, tokenizer):
+    """config.json, tokenizer.json -> tiktoken.Encoding, of byte-level BPE as GPT-2's, SmolLM's, Llama 3's.
+    Begin-of-text, or else the end's token, begins a document. Raises ValueError for any other kind."""
+    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    *first, last = pre.get("pretokenizers", [pre])
+    refuse_others({**model, "normalizer": tokenizer.get("normalizer"),
+                   "add_prefix_space": last.get("add_prefix_space", False)}, BYTE_PAIRS)
+    kinds, pattern = [step.get("type") for step in [*first, last]], None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        pattern = GPT2
+    elif kinds == ["Digits", "ByteLevel"] and first[0]["individual_digits"] and last.get("use_regex", True):
+        pattern = DIGITS
+    elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        split = first[0]["pattern"].get("Regex") if first[0]["behavior"] == "Isolated" else None
+        # what lies between two matches is a piece too; tiktoken would leave it out
+        pattern = split and rf"(?:{split})|(?:(?!{split})[\s\S])+"
+    if pattern is None:
+        raise ValueError(f"text split by {kinds} with these settings is not supported")
+    if not all(token["special"] for token in tokenizer["added_tokens"]):
+        raise ValueError("added tokens that are not special are not supported")
+
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves
+    others = sorted({*range(256)} - {*shown})
+    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = [left + right for left, right in merges]
+    order = [vocab[token] for token in merged]
+    if order != sorted(order):
+        raise ValueError("its ids are not in merging order")
+    if not model.get("ignore_merges") and not set(vocab) <= set(byte) | set(merged):
+        raise ValueError("it has tokens that no merge makes")
+    tokens = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
+    if not TEXT_BYTES <= {token[0] for token in tokens if len(token) == 1}:
+        raise ValueError("it lacks single bytes of text")
+
+    ids = {*range(config["vocab_size"])}
+    begin = config.get("eos_token_id") if config.get("bos_token_id") is None else config["bos_token_id"]
+    if not isinstance(begin, int) or not ids.issuperset([begin, *vocab.values()]):
+        raise ValueError(f"the model has {len(ids)} tokens, and of these must be all of it, and config.json's "
+                         f"bos_token_id, or else eos_token_id, with which a document begins: not {begin}")
+    special["<|endoftext|>"] = begin        # tiktoken's name for it
+    # the model may generate any id, also those without a token, so that each needs a text
+    unnamed = ids - {*vocab.values(), *special.values()}
+    special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
+    return tiktoken.Encoding("huggingface", pat_str=pattern, special_tokens=special, mergeable_ranks=tokens)
+
+# -----------------------------------------------------------------------------
+# writing a Hugging Face directory
 
 def export(model, folder, path=None, source=None):
     """Writes the model along a path, every visit untied, as a Hugging Face Llama directory (config.json and

@@ -25,7 +25,6 @@ import sys
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -305,9 +304,9 @@ def continue_text(model, encoding, text, length, path=None, temperature=0.0):
 PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
          "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
          "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
-ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "pretraining_tp": 1, "sliding_window": None, "partial_rotary_factor": 1.0, "rope_type": "default",
-        "quantization_config": None}        # what our layer can be
+ONLY = {"model_type": ["llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
+        "pretraining_tp": [1], "sliding_window": [None], "partial_rotary_factor": [1.0],
+        "rope_type": ["default"], "quantization_config": [None]}        # what our layer can be
 
 
 def llama_names(config):
@@ -328,6 +327,13 @@ def read_json(folder, name):
         raise ValueError(f"{os.path.join(folder, name)} is not a JSON object")
 
 
+def refuse_others(settings, only):
+    """Raises ValueError naming a setting that is none of the values that are supported."""
+    for name, values in only.items():
+        if settings.get(name, values[0]) not in values:
+            raise ValueError(f"{name} {settings[name]!r} is not supported, only {values[0]!r}")
+
+
 def read_llama_config(folder):
     """config.json -> GPTConfig. Raises ValueError naming a setting that is not supported."""
     hf = {"model_type": None, "rope_theta": 10000.0, **read_json(folder, "config.json")}
@@ -335,9 +341,7 @@ def read_llama_config(folder):
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}    # transformers 5, or older
         kind = rope.get("rope_type") or rope.get("type") or "default"
         hf = {**hf, **rope, "rope_type": kind}
-        for name, value in ONLY.items():
-            if hf.get(name, value) != value:
-                raise ValueError(f"{folder}: {name} {hf[name]!r} is not supported, only {value!r}")
+        refuse_others(hf, ONLY)
         config = GPTConfig(
             vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
             n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"], n_embd=hf["hidden_size"],
@@ -346,8 +350,8 @@ def read_llama_config(folder):
             tied=hf.get("tie_word_embeddings", False))
     except KeyError as error:
         raise ValueError(f"{folder}: config.json has no {error}")
-    except (TypeError, AttributeError) as error:        # a text where a number belongs
-        raise ValueError(f"{folder}: config.json holds a value of the wrong kind: {error}")
+    except (TypeError, AttributeError, ValueError) as error:    # also a text where a number belongs
+        raise ValueError(f"{folder}: config.json: {error}")
     if (hf.get("head_dim") or config.n_embd // config.n_head) * config.n_head != config.n_embd:
         raise ValueError(f"{folder}: head_dim {hf['head_dim']} is not supported, only hidden_size / heads")
     return config
@@ -383,117 +387,8 @@ def read_llama_weights(folder):
             raise ValueError(f"{os.path.join(folder, file)} cannot be read: {one_line(error)}")
     return weights
 
-
-# how GPT-2 splits text, and how SmolLM does, which gives every digit a token
-GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
-
-
-# Every byte of ordinary text. Vocabularies in use lack control characters and bytes that no text has
-TEXT_BYTES = {*b"\t\n\r", *range(32, 127), *range(128, 192), *range(194, 241)}
-
-
-def read_llama_encoding(folder):
-    """tokenizer.json -> what load_encoding takes, where tiktoken can express it: byte-level BPE as GPT-2's,
-    SmolLM's, Llama 3's. Begin-of-text, or else the end's token, begins a document. Raises ValueError."""
-    config, tokenizer = read_json(folder, "config.json"), read_json(folder, "tokenizer.json")
-    try:
-        return llama_encoding(config, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{os.path.join(folder, 'tokenizer.json')}: {error}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder}: tokenizer.json is not as the tokenizers package writes it: {error!r}")
-
-
-def llama_encoding(config, tokenizer):
-    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    kinds, last = [step.get("type") for step in steps], steps[-1]
-    pattern = None
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        pattern = GPT2
-    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
-        pattern = DIGITS
-    elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        split = steps[0]["pattern"].get("Regex") if steps[0]["behavior"] == "Isolated" else None
-        # what lies between two matches is a piece too; tiktoken would leave it out
-        pattern = split and rf"(?:{split})|(?:(?!{split})[\s\S])+"
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    obstacles = {
-        f"a {model['type']} model": model["type"] != "BPE",
-        "byte fallback (SentencePiece)": model.get("byte_fallback"),
-        "a normalizer": tokenizer.get("normalizer"),
-        "dropout": model.get("dropout"),
-        "marks inside or at the end of words":
-            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "a space put before the text": last.get("add_prefix_space"),
-        "added tokens that are not special": not all(token["special"] for token in tokenizer["added_tokens"]),
-        f"text split by {kinds} with these settings": pattern is None}
-    found = [name for name, there in obstacles.items() if there]
-    if found:
-        raise ValueError(f"tiktoken cannot express a tokenizer with {', '.join(found)}")
-
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves
-    others = sorted({*range(256)} - {*shown})
-    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = [first + second for first, second in merges]
-    order = [vocab[token] for token in merged]
-    if order != sorted(order):
-        raise ValueError("tiktoken cannot express a tokenizer whose ids are not in merging order")
-    if not model.get("ignore_merges") and not set(vocab) <= set(byte) | set(merged):
-        raise ValueError("tiktoken cannot express a tokenizer with tokens that no merge makes")
-    tokens = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-    if not TEXT_BYTES <= {token[0] for token in tokens if len(token) == 1}:
-        raise ValueError("tiktoken cannot express a tokenizer that lacks single bytes of text")
-
-    ids = {*range(config["vocab_size"])}
-    first = config.get("eos_token_id") if config.get("bos_token_id") is None else config["bos_token_id"]
-    if not isinstance(first, int) or first not in ids:
-        raise ValueError(f"a document begins with config.json's bos_token_id, or else eos_token_id, which "
-                         f"must be a token of the model, not {first}")
-    if not ids.issuperset(vocab.values()):
-        raise ValueError(f"tokenizer.json has tokens that the model has not: its vocab_size is {len(ids)}")
-    special["<|endoftext|>"] = first        # tiktoken's name for it
-    # the model may generate any id, also those without a token, so that each needs a text
-    unnamed = ids - {*vocab.values(), *special.values()}
-    special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
-    # latin-1, since a checkpoint holds no bytes
-    return {"pattern": pattern, "special": special,
-            "tokens": {token.decode("latin-1"): i for token, i in tokens.items()}}
-
 # -----------------------------------------------------------------------------
-# encodings: any of tiktoken's by name, or one made of a list of words, which needs no download
-
-# an assigned variable with its equals sign, the blank to fill in, words and numbers below 100 with the space
-# before them, single other characters
-PIECES = r"""(?<![A-Za-z])[a-z] ?=| ?___\.? ->|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
-
-
-def load_encoding(spec):
-    """spec: a name that tiktoken knows, a list of words, or what read_llama_encoding returns
-    -> tiktoken.Encoding with an end-of-text token. Raises ValueError where that is not to be had.
-
-    A list makes an encoding of the 256 bytes and those words, so that every text can be encoded and decoded.
-    """
-    if isinstance(spec, dict) and "missing" in spec:
-        raise ValueError(spec["missing"])
-    if isinstance(spec, dict):
-        return tiktoken.Encoding("huggingface", pat_str=spec["pattern"], special_tokens=spec["special"],
-                                 mergeable_ranks={t.encode("latin-1"): i for t, i in spec["tokens"].items()})
-    if not isinstance(spec, str):
-        tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
-        return tiktoken.Encoding("words", pat_str=PIECES, special_tokens={"<|endoftext|>": len(tokens)},
-                                 mergeable_ranks={t: i for i, t in enumerate(tokens)})
-    if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        return tiktoken.get_encoding(spec)
-    except Exception as error:      # whatever the network stack raises: the cause is in the message
-        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
-                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it ({one_line(error)})")
-
+# files of tokens
 
 def token_dtype(encoding):
     """The smallest type of whole numbers, as stored in files, that holds every token."""
@@ -550,10 +445,8 @@ def load_checkpoint(file, device="cpu", tokens=None):
     -> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
     if os.path.isdir(file):
         model, checkpoint = GPT.from_huggingface(file), {"heldout": {}}
-        try:
-            checkpoint["encoding"] = read_llama_encoding(file)
-        except (ValueError, OSError) as error:      # losses on --tokens need none: an error where it is used
-            checkpoint["encoding"] = {"missing": f"no tokenizer, only --tokens FILE.bin works: {error}"}
+        there = {"config.json", "tokenizer.json"} & {*os.listdir(file)}
+        checkpoint["encoding"] = {name: read_json(file, name) for name in there}    # for load_encoding
     else:
         with open(file, "rb") as f:
             data = io.BytesIO(f.read())     # first, so that what fails below is the content and not the disk

@@ -36,9 +36,9 @@ from tqdm import tqdm
 import evaluate
 from grow import (METHODS, constant_steps, flops_until, grow, grow_optimizer, learning_rate, peak_flops,
                   stages, training_flops)
-from loop import parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, continue_text, load_checkpoint, load_encoding,
-                   mean_loss, run_script, save_atomically, save_checkpoint, token_dtype, tokens_of)
+from loop import load_encoding, parse_loop
+from model import (GPT, GPTConfig, Parser, checkpoint_of, continue_text, load_checkpoint, mean_loss,
+                   run_script, save_atomically, save_checkpoint, token_dtype, tokens_of)
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file

@@ -11,7 +11,7 @@ import torch
 from conftest import script, some_tokens, tiny_model
 
 import evaluate as E
-from model import load_encoding
+from loop import load_encoding
 
 
 def questions(task, n=2000):

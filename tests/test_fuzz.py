@@ -43,7 +43,7 @@ OPTIONS = {
         "--finetune": ["0", "2", "x"], "--draws": ["0", "1"], "--block": NUMBERS, "--repeats": NUMBERS[:5],
         "--questions": ["none.jsonl", "{checkpoint}"], "--table": ["none.jsonl", "{checkpoint}"],
         "--results": ["{folder}/new/rows.jsonl", "{checkpoint}/x"], "--only": ["tasks", "none"],
-        "--sweep": [None], "--json": [None], "--detail": [None], "--seed": ["0", "-1", "x"]},
+        "--sweep": [None], "--json": [None], "--columns": ["assign-0", "none"], "--seed": ["0", "-1", "x"]},
     signatures: {
         "--rows": ["0", "1", "x"], "--stream": ["general", "math", "prose"], "--block": NUMBERS,
         "--loop": PLACES, "--reduce": ["max", "mean", "sum"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import script, some_tokens, tiny_model
 
-from loop import export, loop_path
-from model import GPT, load_checkpoint, llama_names, load_encoding, read_llama_encoding
+from loop import export, load_encoding, loop_path
+from model import GPT, load_checkpoint, llama_names, read_json
 
 CONFIG = dict(model_type="llama", vocab_size=61, num_hidden_layers=6, num_attention_heads=4,
               num_key_value_heads=2, hidden_size=32, intermediate_size=40, max_position_embeddings=24,
@@ -53,7 +53,7 @@ def test_reading_by_hand_made_directories(tmp_path, sharded, tied):
 def test_what_our_layer_is_not_is_refused_by_name(tmp_path, changes):
     """A setting that is passed over gives a model that runs and is slightly wrong."""
     name = {"rope_scaling": "rope_type", "rope_parameters": "rope_type",
-            "rms_norm_eps": "wrong kind"}.get(*changes, *changes)
+            "rms_norm_eps": "not supported between"}.get(*changes, *changes)
     with pytest.raises(ValueError, match=name):
         GPT.from_huggingface(directory(tmp_path / "hf", tiny_model(), **changes))
 
@@ -172,13 +172,17 @@ def written(folder, tokenizer, **changes):
     return folder
 
 
+def encoding_of(folder):
+    return load_encoding({name: read_json(folder, name) for name in ("config.json", "tokenizer.json")})
+
+
 def test_a_directory_with_a_tokenizer_end_to_end(tmp_path):
     """A prompt is continued with any of the ids the model has, those without a token too; a looped and
     exported model keeps its tokenizer, and the token that its documents begin with."""
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     folder = directory(tmp_path / "hf", tiny_model(vocab_size=300))
     written(folder, tokenizer_by_hand(), bos_token_id=None)
-    encoding = load_encoding(read_llama_encoding(folder))
+    encoding = encoding_of(folder)
     assert encoding.encode_ordinary("loo") == [257] and encoding.eot_token == 258
     assert all(encoding.decode([i]) for i in range(300))
     out = tmp_path / "deep"
@@ -186,7 +190,7 @@ def test_a_directory_with_a_tokenizer_end_to_end(tmp_path):
                     ["--export", out, "--repeats", 1]):
         result = script("loop.py", "--hf", folder, *command)
         assert result.returncode == 0, result.stderr
-    again = load_encoding(read_llama_encoding(out))
+    again = encoding_of(out)
     assert again.encode_ordinary("a loop\n") == encoding.encode_ordinary("a loop\n")
     assert GPT.from_huggingface(out).config.n_layer == 8 and again.eot_token == 258
 
@@ -203,16 +207,16 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Removed", "
                                           {**LEVEL, "use_regex": True}]}}, "Digits"),
     ({"pre_tokenizer": {**LEVEL, "use_regex": True, "add_prefix_space": True}}, "space"),
     ({"normalizer": {"type": "NFC"}}, "normalizer"), ({"model": {"type": "Unigram"}}, "Unigram"),
-    ({"model": {"byte_fallback": True}}, "byte fallback"), ({"model": {"dropout": 0.1}}, "dropout"),
-    ({"model": {"end_of_word_suffix": "</w>"}}, "end of words"),
+    ({"model": {"byte_fallback": True}}, "byte_fallback"), ({"model": {"dropout": 0.1}}, "dropout"),
+    ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
     ({"model": {"merges": ["lo o", "l o"]}}, "merging order"),
     ({"model": {"merges": ["l o"]}}, "no merge"), ({"model": {"vocab": {"l": 0}, "merges": []}}, "bytes"),
     ({"added_tokens": [{"id": 258, "content": "<end>", "special": False}]}, "not special"),
-    ({"model": {"merges": ["lo"]}}, "tokenizer.json"), ({"added_tokens": 3}, "not as")], ids=str)
+    ({"model": {"merges": ["lo"]}}, "tokenizer.json"), ({"added_tokens": 3}, "no tokenizer.json as")], ids=str)
 def test_tokenizers_that_tiktoken_cannot_express(tmp_path, changes, reason):
     """Each of these was, or would be, read into an encoding that splits text in another way, in silence."""
     with pytest.raises(ValueError, match=reason):
-        read_llama_encoding(written(tmp_path / "hf", tokenizer_by_hand(**changes)))
+        encoding_of(written(tmp_path / "hf", tokenizer_by_hand(**changes)))
 
 
 @pytest.mark.parametrize("changes", [{"eos_token_id": None}, {"eos_token_id": 300}, {"eos_token_id": [1]},
@@ -220,7 +224,7 @@ def test_tokenizers_that_tiktoken_cannot_express(tmp_path, changes, reason):
 def test_tokens_that_the_model_has_not(tmp_path, changes):
     """An id beyond the embedding is an IndexError far from its cause."""
     with pytest.raises(ValueError, match="token"):
-        read_llama_encoding(written(tmp_path / "hf", tokenizer_by_hand(), **changes))
+        encoding_of(written(tmp_path / "hf", tokenizer_by_hand(), **changes))
 
 
 TEXT = "Grown 12 models'll  loop\n\n  345 times, caf\u00e9 \u2603\t7. It's  9 \n end  "
@@ -249,7 +253,7 @@ def test_tokenizers(tmp_path, kind):
                                    initial_alphabet=pre.ByteLevel.alphabet()))
     theirs.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 400}))
-    ours = load_encoding(read_llama_encoding(tmp_path))
+    ours = encoding_of(tmp_path)
     for text in AWKWARD:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode_ordinary(text)) == text

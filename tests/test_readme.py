@@ -13,7 +13,8 @@ import evaluate
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
-TABLES = re.findall(r"    python (evaluate\.py --table assets/[^\n]*)\n\n```text\n(.*?)```", README, re.S)
+TABLES = re.findall(r"```bash\npython (evaluate\.py --table assets/[^`]*)\n```\n\n```text\n(.*?)```",
+                    README.replace("\\\n", ""), re.S)
 
 
 class Other(nn.Module):

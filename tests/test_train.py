@@ -14,7 +14,8 @@ from conftest import ROOT, TINY_RUN, script, tiny_model
 
 import evaluate
 import train
-from model import load_checkpoint, load_encoding, run_script
+from loop import load_encoding
+from model import load_checkpoint, run_script
 
 
 def run_main(monkeypatch, *arguments):
