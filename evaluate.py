@@ -571,7 +571,7 @@ def cell(rows, reference):
         share = f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
         return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
     spread = statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
-    scale, digits = (100, 1) if "n" in rows[0] else (1, 3)      # what is counted in n examples is a percentage
+    scale, digits = (100, 1) if "n" in rows[0] else (1, 3)     # what is counted in n examples is a percentage
     return f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
 
 # -----------------------------------------------------------------------------

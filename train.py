@@ -383,10 +383,11 @@ def main():
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
 
     def report(step, loss, seconds, n_steps):
-        """One line and one row of the log. Raises FloatingPointError when training has gone wrong."""
+        """One line and one row of the log. Raises ValueError when training has gone wrong."""
         losses = {name: mean_loss(model, rows) for name, rows in heldout.items()}
         if not all(map(math.isfinite, [loss, *losses.values()])):
-            raise FloatingPointError(f"the loss is not finite at step {step}: start anew with a lower --lr")
+            raise ValueError(f"the loss is not finite at step {step}: --resume goes on from the last good "
+                             f"checkpoint, but to the same end, so start anew with a lower --lr")
         flops = flops_until(args, model.config, step)
         rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
         row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
@@ -488,8 +489,4 @@ def finish(model, args, encoding):
 
 
 if __name__ == "__main__":
-    try:
-        run_script(main)
-    except FloatingPointError as error:     # not the user's input, but no bug either
-        print(f"train.py: stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
-        sys.exit(1)
+    run_script(main)

@@ -1,7 +1,12 @@
 """Runs the scripts from the root, on small models, with one thread so that sums come in one order."""
+import contextlib
+import importlib
+import io
 import os
-import subprocess
+import signal
 import sys
+import types
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)
 
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, run_script  # noqa: E402
 
 SIZE = dict(vocab_size=61, n_layer=6, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40, context=24)
 
@@ -28,11 +33,21 @@ def some_tokens(batch=3, time=20, seed=1, vocab_size=61):
     return torch.randint(vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-def script(*command, cwd=ROOT, env=None, **more):
-    """Runs `python SCRIPT ...` -> completed process with returncode, stdout, stderr."""
-    command = [sys.executable, os.path.join(ROOT, command[0]), *map(str, command[1:])]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **more)
+def script(name, *arguments):
+    """What `python SCRIPT ...` does -> returncode, stdout, stderr; in this process, since importing torch
+    takes longer than most commands do."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    handlers, code = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
+    with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            run_script(importlib.import_module(name.removesuffix(".py")).main)
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    for number, handler in handlers.items():        # train.py's would swallow the Ctrl-C that stops pytest
+        signal.signal(number, handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
 
 TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 48, "--batch", 4,

@@ -212,7 +212,7 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Removed", "
     ({"model": {"merges": ["lo o", "l o"]}}, "merging order"),
     ({"model": {"merges": ["l o"]}}, "no merge"), ({"model": {"vocab": {"l": 0}, "merges": []}}, "bytes"),
     ({"added_tokens": [{"id": 258, "content": "<end>", "special": False}]}, "not special"),
-    ({"model": {"merges": ["lo"]}}, "tokenizer.json"), ({"added_tokens": 3}, "no tokenizer.json as")], ids=str)
+    ({"model": {"merges": ["lo"]}}, "tokenizer.json"), ({"added_tokens": 3}, "no tokenizer.json")], ids=str)
 def test_tokenizers_that_tiktoken_cannot_express(tmp_path, changes, reason):
     """Each of these was, or would be, read into an encoding that splits text in another way, in silence."""
     with pytest.raises(ValueError, match=reason):

@@ -2,14 +2,13 @@
 import os
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT
-
-import evaluate
+from conftest import ROOT, script
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
@@ -44,13 +43,19 @@ def test_snippets_grow_and_loop():
 
 
 @pytest.mark.parametrize("command, printed", TABLES, ids=[command for command, _ in TABLES])
-def test_the_tables_are_what_their_commands_print(command, printed, monkeypatch, capsys):
+def test_the_tables_are_what_their_commands_print(command, printed, monkeypatch):
     """Numbers that are typed drift from those that were measured."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    evaluate.main()
-    assert capsys.readouterr().out.strip() == printed.strip()
+    assert script(*shlex.split(command)).stdout.strip() == printed.strip()
 
 
 def test_there_are_tables():
     assert len(TABLES) >= 4
+
+
+@pytest.mark.parametrize("name", ["grow.py", "loop.py", "train.py", "evaluate.py", "signatures.py"])
+def test_a_script_is_a_program(name):
+    """The other tests call its main in their own process."""
+    command = [sys.executable, os.path.join(ROOT, name), "--bad"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and f"{name}: error:" in result.stderr and result.stderr.count("\n") == 1
