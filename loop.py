@@ -134,8 +134,8 @@ def llama_encoding(config, tokenizer):
     ids = {*range(config["vocab_size"])}
     begin = config.get("eos_token_id") if config.get("bos_token_id") is None else config["bos_token_id"]
     if not isinstance(begin, int) or not ids.issuperset([begin, *vocab.values()]):
-        raise ValueError(f"its ids must be below config.json's vocab_size {len(ids)}, also the one that begins "
-                         f"a document: bos_token_id, or else eos_token_id, not {begin}")
+        raise ValueError(f"its ids must be below config.json's vocab_size {len(ids)}, also the one that "
+                         f"begins a document: bos_token_id, or else eos_token_id, not {begin}")
     special["<|endoftext|>"] = begin        # tiktoken's name for it
     # the model may generate any id, also those without a token, so that each needs a text
     unnamed = ids - {*vocab.values(), *special.values()}
