@@ -21,7 +21,6 @@ Here is an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|
     m=___. ->|10
 """
 import copy
-import gzip
 import itertools
 import json
 import os
@@ -38,8 +37,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from loop import PIECES, load_encoding, loop_path, parse_repeats
-from model import (Parser, continue_text, load_checkpoint, make_folder, mean_loss, run_script, token_dtype)
+from loop import PIECES, continue_text, json_lines, load_encoding, parse_repeats
+from model import Parser, load_checkpoint, loop_path, make_folder, mean_loss, run_script, token_dtype
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change
@@ -405,27 +404,6 @@ def final_answer(text):
         text = text.split("####")[1].strip().split("\n")[0]
     numbers = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", text)
     return re.sub(r"\.0+$", "", numbers[-1].replace(",", "")) if numbers else text.strip()
-
-
-def json_lines(file, *layouts):
-    """The texts in each line of a .jsonl or .jsonl.gz file, a list by the first layout that the line has:
-    json_lines(file, ("text",), ("question", "answer")). Raises ValueError naming a line that has none."""
-    number = 0
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
-        try:
-            for number, line in enumerate(f, 1):
-                item = json.loads(line)
-                texts = next([item[name] for name in names] for names in layouts if item.keys() >= {*names})
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError
-                yield texts
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise ValueError(f"{file} is not a whole gzip file")
-        except (ValueError, AttributeError, StopIteration):
-            raise ValueError(f"{file}, line {number}: not a JSON object with " +
-                             " or ".join(" and ".join(names) for names in layouts) + " as texts")
 
 
 def answer_file(model, encoding, file, n, max_new_tokens):

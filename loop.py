@@ -9,17 +9,20 @@ whose config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, L vi
     python loop.py out/lidas/ckpt.pt --export DIR               # for transformers, vLLM, llama.cpp
     python loop.py --hf SmolLM-135M --prompt "2+2=" --start 12 --block 4 --repeats 0 1   # any Llama directory
 """
+import gzip
+import itertools
 import json
 import os
 import re
 import shutil
+import zlib
 
 import tiktoken
 import torch
 
 from grow import grow
-from model import (Parser, continue_text, llama_names, load_checkpoint, loop_path, mean_loss, one_line,
-                   read_json, refuse_others, run_script, save_derived)
+from model import (Parser, llama_names, load_checkpoint, loop_path, mean_loss, one_line, read_json,
+                   refuse_others, run_script, save_derived)
 
 
 def parse_loop(text):
@@ -50,7 +53,7 @@ def unroll(model, path=None):
     return grow(model, path)
 
 # -----------------------------------------------------------------------------
-# encodings: text for any checkpoint
+# text: encodings for any checkpoint, what a model writes, files of lines
 
 # of the built-in world: an assigned variable with its equals sign, the blank to fill in, words and numbers
 # below 100 with the space before them, single other characters
@@ -141,6 +144,35 @@ def llama_encoding(config, tokenizer):
     unnamed = ids - {*vocab.values(), *special.values()}
     special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
     return tiktoken.Encoding("huggingface", pat_str=pattern, special_tokens=special, mergeable_ranks=tokens)
+
+def continue_text(model, encoding, text, length, path=None, temperature=0.0):
+    """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
+    where the document does: at the first special token."""
+    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
+                         stop=encoding.eot_token)[0, len(tokens):].tolist()
+    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    return encoding.decode(list(itertools.takewhile(lambda token: token not in special, new)))
+
+def json_lines(file, *layouts):
+    """The texts in each line of a .jsonl or .jsonl.gz file, a list by the first layout that the line has:
+    json_lines(file, ("text",), ("question", "answer")). Raises ValueError naming a line that has none."""
+    number = 0
+    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+        try:
+            for number, line in enumerate(f, 1):
+                item = json.loads(line)
+                texts = next([item[name] for name in names] for names in layouts if item.keys() >= {*names})
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError
+                yield texts
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise ValueError(f"{file} is not a whole gzip file")
+        except (ValueError, AttributeError, StopIteration):
+            raise ValueError(f"{file}, line {number}: not a JSON object with " +
+                             " or ".join(" and ".join(names) for names in layouts) + " as texts")
 
 # -----------------------------------------------------------------------------
 # writing a Hugging Face directory

@@ -16,11 +16,13 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
 """
 import argparse
+import functools
 import glob
 import io
 import itertools
 import json
 import os
+import pathlib
 import sys
 from dataclasses import asdict, dataclass
 
@@ -288,16 +290,6 @@ def mean_loss(model, rows, path=None, batch=16):
         total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
     return total / len(rows)
 
-
-def continue_text(model, encoding, text, length, path=None, temperature=0.0):
-    """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
-    where the document does: at the first special token."""
-    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
-    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
-                         stop=encoding.eot_token)[0, len(tokens):].tolist()
-    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-    return encoding.decode(list(itertools.takewhile(lambda token: token not in special, new)))
-
 # -----------------------------------------------------------------------------
 # Hugging Face's Llama directories: the same architecture, with q, k, v and gate, up in matrices of their own
 
@@ -358,33 +350,26 @@ def read_llama_config(folder):
 
 
 def read_llama_weights(folder):
-    """All tensors of model.safetensors or pytorch_model.bin, in shards or not -> {name: tensor}."""
-    found = [name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                               "pytorch_model.bin.index.json") if os.path.exists(os.path.join(folder, name))]
-    if not found:
+    """All tensors of model*.safetensors, or else pytorch_model*.bin, one shard or many -> {name: tensor}."""
+    files = (sorted(pathlib.Path(folder).glob("model*.safetensors")) or
+             sorted(pathlib.Path(folder).glob("pytorch_model*.bin")))
+    if not files:
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-    files = found[:1]
-    if files[0].endswith(".json"):
-        shards = read_json(folder, files[0]).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{os.path.join(folder, files[0])} has no weight_map that names files")
-        files = sorted(set(shards.values()))
-    if files[0].endswith(".safetensors"):
+    if files[0].suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
         except ImportError:
             raise ValueError("reading .safetensors needs the package: pip install safetensors")
     else:
-        def load_file(file):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        load_file = functools.partial(torch.load, map_location="cpu", weights_only=True)
     weights = {}
     for file in files:
         try:
-            weights.update(load_file(os.path.join(folder, file)))
+            weights.update(load_file(file))
         except OSError:
             raise
         except Exception as error:      # each format has exceptions of its own for a file that is cut short
-            raise ValueError(f"{os.path.join(folder, file)} cannot be read: {one_line(error)}")
+            raise ValueError(f"{file} cannot be read: {one_line(error)}")
     return weights
 
 # -----------------------------------------------------------------------------

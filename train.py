@@ -36,9 +36,9 @@ from tqdm import tqdm
 import evaluate
 from grow import (METHODS, constant_steps, flops_until, grow, grow_optimizer, learning_rate, peak_flops,
                   stages, training_flops)
-from loop import load_encoding, parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, continue_text, load_checkpoint, mean_loss,
-                   run_script, save_atomically, save_checkpoint, token_dtype, tokens_of)
+from loop import continue_text, json_lines, load_encoding, parse_loop
+from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, mean_loss, run_script,
+                   save_atomically, save_checkpoint, token_dtype, tokens_of)
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
@@ -46,7 +46,7 @@ from model import (GPT, GPTConfig, Parser, checkpoint_of, continue_text, load_ch
 def texts_of(file):
     """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
     if file.endswith((".jsonl", ".jsonl.gz")):
-        for texts in evaluate.json_lines(file, ("text",), ("question", "answer")):
+        for texts in json_lines(file, ("text",), ("question", "answer")):
             yield texts[0] if len(texts) == 1 else f"{evaluate.ask(texts[0])} {texts[1]}"
     else:
         try:

@@ -25,12 +25,9 @@ def directory(folder, model, sharded=False, **changes):
         sizes = {3: [32, 16, 16], 2: [40, 40], 1: [len(state[ours])]}[len(theirs)]
         weights.update(zip(theirs, (part.clone() for part in state[ours].split(sizes))))
     parts = [dict(list(weights.items())[i::2]) for i in range(2)] if sharded else [weights]
-    names = [f"part-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)] if sharded else ["pytorch_model.bin"]
     for name, part in zip(names, parts):
         torch.save(part, folder / name)
-    if sharded:
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
-            {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}))
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     return folder
 
@@ -75,10 +72,6 @@ def test_broken_directories_end_in_one_line(tmp_path):
     os.remove(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds neither"):
         GPT.from_huggingface(folder)
-    for index in ("{}", "[1]", "{"):
-        (folder / "pytorch_model.bin.index.json").write_text(index)
-        with pytest.raises(ValueError, match="index.json"):
-            GPT.from_huggingface(folder)
     (folder / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match="cannot be read|pip install"):
         GPT.from_huggingface(folder)
