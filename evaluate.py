@@ -37,8 +37,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from grow import Parser, load_checkpoint, make_folder, run_script, token_dtype
 from loop import PIECES, continue_text, json_lines, load_encoding, parse_repeats
-from model import Parser, load_checkpoint, loop_path, make_folder, mean_loss, run_script, token_dtype
+from model import loop_path, mean_loss
 
 # -----------------------------------------------------------------------------
 # the world: who and what there is, and facts about the people that never change

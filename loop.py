@@ -20,9 +20,8 @@ import zlib
 import tiktoken
 import torch
 
-from grow import grow
-from model import (Parser, llama_names, load_checkpoint, loop_path, mean_loss, one_line, read_json,
-                   refuse_others, run_script, save_derived)
+from grow import Parser, grow, load_checkpoint, run_script, save_derived
+from model import llama_names, loop_path, mean_loss, one_line, read_json, refuse_others
 
 
 def parse_loop(text):

@@ -15,18 +15,12 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
     logits, loss = model(tokens, targets)                            # the plain model
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
 """
-import argparse
 import functools
-import glob
-import io
-import itertools
 import json
 import os
 import pathlib
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -311,6 +305,10 @@ def llama_names(config):
     return names
 
 
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
 def read_json(folder, name):
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
@@ -371,159 +369,3 @@ def read_llama_weights(folder):
         except Exception as error:      # each format has exceptions of its own for a file that is cut short
             raise ValueError(f"{file} cannot be read: {one_line(error)}")
     return weights
-
-# -----------------------------------------------------------------------------
-# files of tokens
-
-def token_dtype(encoding):
-    """The smallest type of whole numbers, as stored in files, that holds every token."""
-    return np.uint16 if encoding.max_token_value < 2 ** 16 else np.uint32
-
-
-def tokens_of(file):
-    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
-    header = np.fromfile(file, dtype=np.int32, count=256)
-    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
-        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
-        if len(tokens) != header[2]:
-            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, "
-                             f"it holds {len(tokens)}")
-        return tokens
-    size = os.path.getsize(file)
-    if size % 2 or size == 0:
-        raise ValueError(f"{file} is no token file: uint16 tokens do not make {size} bytes")
-    return np.memmap(file, dtype=np.uint16, mode="r")
-
-# -----------------------------------------------------------------------------
-# checkpoints: a dict with config, model, encoding (as above), heldout rows, and what train.py needs to go on
-
-def make_folder(file):
-    """The folder that a file will lie in."""
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-
-
-def save_atomically(file, write):
-    """Writes a file in one step: after a crash at any instant, a reader finds the old one or the new one."""
-    make_folder(file)
-    part = f"{file}.{os.getpid()}.part"      # two runs may write the same file of data
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, file)
-    except OSError as error:
-        raise OSError(f"{file} could not be written: {error}")
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def save_checkpoint(file, checkpoint):
-    buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
-    torch.save(checkpoint, buffer)
-    save_atomically(file, lambda f: f.write(buffer.getbuffer()))
-
-
-def load_checkpoint(file, device="cpu", tokens=None):
-    """file: of train.py or grow.py, or a Hugging Face directory; tokens: a .bin file to hold out in its place
-    -> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
-    if os.path.isdir(file):
-        model, checkpoint = GPT.from_huggingface(file), {"heldout": {}}
-        there = {"config.json", "tokenizer.json"} & {*os.listdir(file)}
-        checkpoint["encoding"] = {name: read_json(file, name) for name in there}    # for load_encoding
-    else:
-        with open(file, "rb") as f:
-            data = io.BytesIO(f.read())     # first, so that what fails below is the content and not the disk
-        try:
-            checkpoint = torch.load(data, map_location="cpu", weights_only=True)    # runs no code in it
-            model = GPT(GPTConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
-            checkpoint["encoding"], checkpoint["heldout"]       # there as well
-        except Exception as error:      # unpickling what is no checkpoint raises errors of every kind
-            raise ValueError(f"{file} is not a whole checkpoint of this project: {one_line(error)}")
-    if tokens:
-        stream, width = tokens_of(tokens), min(model.config.context, 256) + 1
-        rows = torch.from_numpy(stream[:len(stream) // width * width][:64 * width].astype(np.int32))
-        if not len(rows) or rows.max() >= model.config.vocab_size:
-            raise ValueError(f"{tokens} must hold {width} tokens or more, all below "
-                             f"{model.config.vocab_size}")
-        checkpoint["heldout"] = {"tokens": rows.view(-1, width)}
-    return model.to(device), checkpoint
-
-
-def checkpoint_of(model, **more):
-    return {"config": asdict(model.config), "model": model.state_dict(), **more}
-
-
-def save_derived(file, model, checkpoint, **more):
-    """Saves a model made from that of the checkpoint: without an optimizer or training FLOPs, which are not
-    its own. Raises ValueError where there is a file, which might be a run's only checkpoint."""
-    if os.path.exists(file):
-        raise ValueError(f"{file} exists: choose a new file")
-    kept = {key: checkpoint[key] for key in ("encoding", "heldout", "args") if key in checkpoint}
-    save_checkpoint(file, checkpoint_of(model, **kept, **more))
-
-# -----------------------------------------------------------------------------
-# what every script does at its start
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
-
-
-def default_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def available_device(text):
-    try:
-        zero = torch.zeros(1, device=text)
-        zero.item()                                     # the device "meta" holds no numbers
-        return str(zero.device)
-    except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways to say that there is none
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: cuda, mps or cpu")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add_checkpoints(self, least=1, most=None):
-        """The models of a command: files of train.py or grow.py, or Hugging Face directories."""
-        self.add_argument("checkpoints", nargs="*", help="checkpoints of train.py or grow.py")
-        self.add_argument("--hf", nargs="+", default=[], metavar="DIR", help="Hugging Face Llama directories")
-        self.add_argument("--tokens", metavar="FILE.bin", help="held-out tokens, as nanoGPT's or llm.c's, in "
-                                                               "place of the checkpoint's own")
-        self.least, self.most = least, most or float("inf")
-
-    def parse_args(self, *given):
-        args = super().parse_args(*given)
-        if "hf" in args:        # Windows' shells leave out/*/ckpt.pt to the program
-            args.checkpoints = [*itertools.chain.from_iterable(
-                sorted(glob.glob(name)) or [name] for name in args.checkpoints), *args.hf]
-            if not self.least <= len(args.checkpoints) <= self.most:
-                self.error(f"name {'one checkpoint' if self.most == 1 else 'checkpoints'}, or with --hf "
-                           f"directories of Hugging Face, not {len(args.checkpoints)}")
-        return args
-
-    def add_device(self):
-        self.add_argument("--device", type=available_device, default=default_device(),
-                          help="cuda, mps or cpu (default: the best one here)")
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def run_script(main):
-    """Bad input, or a disk that refuses, ends in one line and exit code 2; the rest keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):     # a model can write what the terminal cannot show
-        stream.reconfigure(errors="replace")
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables
+from grow import Parser, make_folder, run_script, save_atomically
 from loop import parse_repeats
-from model import Parser, make_folder, mean_loss, run_script, save_atomically
+from model import mean_loss
 
 # -----------------------------------------------------------------------------
 # running visit by visit

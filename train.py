@@ -34,11 +34,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from grow import (METHODS, constant_steps, flops_until, grow, grow_optimizer, learning_rate, peak_flops,
-                  stages, training_flops)
+from grow import (METHODS, Parser, checkpoint_of, constant_steps, flops_until, grow, grow_optimizer,
+                  learning_rate, load_checkpoint, peak_flops, run_script, save_atomically, save_checkpoint,
+                  stages, token_dtype, tokens_of, training_flops)
 from loop import continue_text, json_lines, load_encoding, parse_loop
-from model import (GPT, GPTConfig, Parser, checkpoint_of, load_checkpoint, mean_loss, run_script,
-                   save_atomically, save_checkpoint, token_dtype, tokens_of)
+from model import GPT, GPTConfig, mean_loss
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from grow import peak_flops, training_flops  # noqa: E402
+from grow import default_device, peak_flops, training_flops  # noqa: E402
 from loop import loop_path  # noqa: E402
-from model import GPT, GPTConfig, default_device  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from signatures import all_signatures  # noqa: E402
 from train import batch_of  # noqa: E402
 

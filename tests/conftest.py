@@ -15,7 +15,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)
 
-from model import GPT, GPTConfig, run_script  # noqa: E402
+from grow import run_script  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 SIZE = dict(vocab_size=61, n_layer=6, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40, context=24)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import script, some_tokens, tiny_model
 
-from grow import (METHODS, check_optimizer, grow, grow_optimizer, growth_steps, lidas, midas, stack,
-                  training_flops)
-from model import GPTConfig, load_checkpoint
+from grow import (METHODS, check_optimizer, grow, grow_optimizer, growth_steps, lidas, load_checkpoint, midas,
+                  stack, training_flops)
+from model import GPTConfig
 
 
 def adamw(model):

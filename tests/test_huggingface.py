@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import script, some_tokens, tiny_model
 
+from grow import load_checkpoint
 from loop import export, load_encoding, loop_path
-from model import GPT, load_checkpoint, llama_names, read_json
+from model import GPT, llama_names, read_json
 
 CONFIG = dict(model_type="llama", vocab_size=61, num_hidden_layers=6, num_attention_heads=4,
               num_key_value_heads=2, hidden_size=32, intermediate_size=40, max_position_embeddings=24,

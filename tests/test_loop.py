@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import script, some_tokens, tiny_model
 
+from grow import load_checkpoint
 from loop import loop_path, parse_loop, unroll
-from model import load_checkpoint
 
 
 def test_loop_paths_by_hand():

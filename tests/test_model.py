@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from conftest import some_tokens, tiny_model
 
+from grow import load_checkpoint, save_checkpoint
 from loop import load_encoding
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
 
 PATHS = {"plain": None, "looped": [0, 1, 2, 3, 2, 3, 4, 5], "skipped": [0, 1, 2, 3, 5],
          "swapped": [0, 1, 4, 5, 2, 3], "last layer again": [0, 1, 2, 3, 4, 5, 5, 5]}

@@ -14,8 +14,8 @@ from conftest import ROOT, TINY_RUN, script, tiny_model
 
 import evaluate
 import train
+from grow import load_checkpoint
 from loop import load_encoding
-from model import load_checkpoint
 
 
 def weights(folder, name="ckpt.pt"):
