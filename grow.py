@@ -223,9 +223,9 @@ def make_folder(file):
 
 def save_atomically(file, write):
     """Writes a file in one step: after a crash at any instant, a reader finds the old one or the new one."""
-    make_folder(file)
     part = f"{file}.{os.getpid()}.part"      # two runs may write the same file of data
     try:
+        make_folder(file)
         with open(part, "wb") as f:
             write(f)
             f.flush()

@@ -75,13 +75,14 @@ def encode(files, encoding, write):
 
 def cached_rows(args, encoding, key, produce):
     """The rows (n, context + 1) of a token file beside --out, made by produce(write) if there is none yet."""
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    file = os.path.join(os.path.dirname(os.path.abspath(args.out)), "data", f"{name}.bin")
+    name, dtype = hashlib.sha256(repr(key).encode()).hexdigest()[:16], token_dtype(encoding)
+    # not .bin: that would be uint16 as --data
+    file = os.path.join(os.path.dirname(os.path.abspath(args.out)), "data", f"{name}.{dtype.__name__}")
     if not os.path.exists(file):
         save_atomically(file, lambda f: produce(f.write))
     if os.path.getsize(file) == 0:
         raise ValueError("there is no text in the files")
-    tokens = np.memmap(file, dtype=token_dtype(encoding), mode="r")
+    tokens = np.memmap(file, dtype=dtype, mode="r")
     return tokens[:len(tokens) // (args.context + 1) * (args.context + 1)].reshape(-1, args.context + 1)
 
 

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,22 @@ def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert result.returncode == 2 and "ckpt.pt could not be written" in result.stderr, result.stderr
     assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl"] and weights(out)["step"] == 10
+    assert script("train.py", "--out", out, "--resume").returncode == 0
+    assert same_weights(weights(out), weights(trained))
+
+
+def test_a_directory_that_becomes_read_only_costs_the_new_checkpoint_only(trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    shutil.copy(out / "stable.pt", out / "ckpt.pt")     # as it was at the end of the constant phase
+    before = (out / "ckpt.pt").read_bytes()
+    out.chmod(0o555)
+    if os.access(out, os.W_OK):
+        pytest.skip("root, or Windows, may write to a read-only directory")
+    result = script("train.py", "--out", out, "--resume")
+    out.chmod(0o755)
+    assert result.returncode == 2 and "could not be written: [Errno 13]" in result.stderr, result.stderr
+    assert (out / "ckpt.pt").read_bytes() == before
     assert script("train.py", "--out", out, "--resume").returncode == 0
     assert same_weights(weights(out), weights(trained))
 
