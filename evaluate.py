@@ -37,7 +37,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from grow import Parser, load_checkpoint, make_folder, run_script, token_dtype
+from grow import Parser, at_least, load_checkpoint, make_folder, run_script, token_dtype
 from loop import PIECES, continue_text, json_lines, load_encoding, parse_repeats
 from model import loop_path, mean_loss
 
@@ -593,21 +593,25 @@ def main():
     # what to measure
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
                         help="default: all; none behind it: losses only")
-    parser.add_argument("-n", type=int, help="examples a task (default: 200, +-3.5%% at most), or questions "
-                                            "(default: all)")
+    parser.add_argument("-n", type=at_least(2),
+                        help="examples a task (default: 200, +-3.5%% at most), or questions (default: all)")
     parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS",
                         help="further paths: of 8 layers, 3,2,1 is the loop that train.py writes as 3-2x2-3")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
-    others.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
-    others.add_argument("--finetune", type=int, nargs="+", help="fine-tuning curve: numbers of examples")
+    others.add_argument("--shots", type=at_least(0), nargs="+",
+                        help="in-context curve: numbers of worked examples")
+    others.add_argument("--finetune", type=at_least(1), nargs="+",
+                        help="fine-tuning curve: numbers of examples")
     others.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
-    parser.add_argument("--block", type=int, default=2, help="--sweep: layers looped (default: train.py's 2)")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2, 4],
+    parser.add_argument("--block", type=at_least(1), default=2,
+                        help="--sweep: layers looped (default: train.py's 2)")
+    parser.add_argument("--repeats", type=at_least(1), nargs="+", default=[1, 2, 4],
                         help="--sweep: extra visits (default: 1 2 4)")
-    parser.add_argument("--draws", type=int, default=3, help="--finetune: draws of the examples (default: 3)")
-    parser.add_argument("--length", type=int, help="--questions: longest answer (default: 128, or half the "
-                                                   "context)")
+    parser.add_argument("--draws", type=at_least(1), default=3,
+                        help="--finetune: draws of the examples (default: 3)")
+    parser.add_argument("--length", type=at_least(1),
+                        help="--questions: longest answer (default: 128, or half the context)")
     # where it goes
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
@@ -625,13 +629,8 @@ def main():
         parser.error("--only and --columns go with --table")
     if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
         parser.error("--loop goes with tasks alone")
-    length = 1 if args.length is None else args.length
-    least = [args.draws, args.block, length, *args.repeats, *(args.finetune or [])]
     if args.n is None and not args.questions:
         args.n = 200
-    if args.n is not None and args.n < 2 or min(least) < 1 or min(args.shots or [0]) < 0:
-        parser.error("-n must be at least 2; --draws, --length, --block, --repeats, --finetune at least 1; "
-                     "--shots 0")
 
     rows = read_rows(args.table) if args.table else []
     for file, name, seed, model, checkpoint in load_labelled(args):

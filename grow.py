@@ -301,6 +301,17 @@ def available_device(text):
         raise argparse.ArgumentTypeError(f"no device {text!r} here: cuda, mps or cpu")
 
 
+def at_least(least, kind=int):
+    """A type for argparse: a finite number, `least` or more."""
+    def number(text):
+        value = kind(text)
+        if not least <= value < float("inf"):       # nan is refused as well
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
+        return value
+    number.__name__ = kind.__name__                 # what argparse calls it
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line."""
 

@@ -20,7 +20,7 @@ import zlib
 import tiktoken
 import torch
 
-from grow import Parser, grow, load_checkpoint, run_script, save_derived
+from grow import Parser, at_least, grow, load_checkpoint, run_script, save_derived
 from model import llama_names, loop_path, mean_loss, one_line, read_json, refuse_others
 
 
@@ -263,14 +263,13 @@ def main():
                                                          "with one number of --repeats along that loop")
     parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory")
     # sampling
-    parser.add_argument("--length", type=int, default=48, help="length of the continuation (default: 48)")
-    parser.add_argument("--temperature", type=float, default=0.0,
+    parser.add_argument("--length", type=at_least(1), default=48,
+                        help="length of the continuation (default: 48)")
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0,
                         help="0 is greedy, so that runs compare (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
     parser.add_device()
     args = parser.parse_args()
-    if not args.temperature >= 0 or args.length < 1:       # so that nan is refused
-        parser.error("--temperature must be 0 or more, --length 1 or more")
 
     model, checkpoint = load_checkpoint(args.checkpoints[0], args.device, args.tokens)
     given = args.start is not None or args.repeats is not None

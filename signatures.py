@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables
-from grow import Parser, make_folder, run_script, save_atomically
+from grow import Parser, at_least, make_folder, run_script, save_atomically
 from loop import parse_repeats
 from model import mean_loss
 
@@ -309,9 +309,10 @@ def plot(file, models):
 def main():
     parser = Parser(__doc__)
     parser.add_checkpoints()
-    parser.add_argument("--rows", type=int, default=16, help="held-out rows (default: 16, for two digits)")
+    parser.add_argument("--rows", type=at_least(1), default=16,
+                        help="held-out rows (default: 16, for two digits)")
     parser.add_argument("--stream", default="general", help="which held-out text (default: general; or math)")
-    parser.add_argument("--block", type=int, default=2,
+    parser.add_argument("--block", type=at_least(1), default=2,
                         help="size of reordered blocks (default: 2, as train.py's)")
     parser.add_argument("--loop", metavar="START,BLOCK,REPEATS", help="run all models along this looped path")
     parser.add_argument("--reduce", choices=["max", "mean"], default="max",
@@ -323,8 +324,6 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_device()
     args = parser.parse_args()
-    if args.rows < 1 or args.block < 1:
-        parser.error("--rows and --block must be at least 1")
     models = []
     for file, name, seed, model, checkpoint in load_labelled(args):
         stream = "tokens" if args.tokens else args.stream

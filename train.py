@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from grow import (METHODS, Parser, checkpoint_of, constant_steps, flops_until, grow, grow_optimizer,
+from grow import (METHODS, Parser, at_least, checkpoint_of, constant_steps, flops_until, grow, grow_optimizer,
                   learning_rate, load_checkpoint, peak_flops, run_script, save_atomically, save_checkpoint,
                   stages, token_dtype, tokens_of, training_flops)
 from loop import continue_text, json_lines, load_encoding, parse_loop
@@ -188,25 +188,30 @@ def read_args():
     parser.add_argument("--method", default="lidas", choices=["baseline", *METHODS, "looped"],
                         help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
     parser.add_argument("--layers", type=int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
-    parser.add_argument("--block", type=int, default=2, help="layers a stage (default: 2; papers: 4 of 24)")
+    parser.add_argument("--block", type=at_least(1), default=2,
+                        help="layers a stage (default: 2; papers: 4 of 24)")
     parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: "
                                        "the middle quarter twice, 2-2x2-2 for 8 layers)")
-    parser.add_argument("--alpha", type=float, default=1.0, help="PROP-alpha: more steps later (default: 1)")
+    parser.add_argument("--alpha", type=at_least(0, float), default=1.0,
+                        help="PROP-alpha: more steps later (default: 1)")
     parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
     parser.add_argument("--heads", type=int, help="each at least 32 wide, or nothing is copied (default: 2)")
     parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
     parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 3 puzzles; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=int, help="all of them (default: 6000, minutes; CUDA: 2000)")
-    parser.add_argument("--batch", type=int, help="rows a step, over all GPUs (default: 4: many small steps "
-                                                  "learn sooner than few large ones; CUDA: 64)")
-    parser.add_argument("--lr", type=float, default=1.5e-3,
+    parser.add_argument("--steps", type=at_least(1), help="all of them (default: 6000, minutes; CUDA: 2000)")
+    parser.add_argument("--batch", type=at_least(1),
+                        help="rows a step, over all GPUs (default: 4: many small steps learn sooner than few "
+                             "large ones; CUDA: 64)")
+    parser.add_argument("--lr", type=at_least(0, float), default=1.5e-3,
                         help="at 0.001 copying, at 0.002 looking up came too late (default: 0.0015)")
-    parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
+    parser.add_argument("--warmup", type=at_least(1), default=50,
+                        help="steps of rising learning rate (default: 50)")
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
-    parser.add_argument("--weight-decay", type=float, default=0.01,
+    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.01,
                         help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
-    parser.add_argument("--seed", type=int, default=0, help="of the init and the order of rows (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0,
+                        help="of the init and the order of rows (default: 0)")
     # the data
     parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
     parser.add_argument("--math", nargs="+", help="for the cooldown (default: the built-in world's math)")
@@ -218,7 +223,8 @@ def read_args():
     parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint, if it has one")
     parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
-    parser.add_argument("--evals", type=int, default=20, help="log lines and checkpoints (default: 20)")
+    parser.add_argument("--evals", type=at_least(1), default=20,
+                        help="log lines and checkpoints (default: 20)")
     parser.add_device()
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
                         help="the layers (default: where it pays)")
@@ -263,15 +269,11 @@ def read_args():
 
 def check(args):
     """Fills in what follows from other arguments. Raises ValueError for what contradicts."""
-    for name in ("steps", "batch", "warmup", "evals", "block", "alpha", "lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
     for name, value in (("cooldown", args.cooldown), ("math-share", args.math_share or 0.0)):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} is a share, from 0 to 1, not {value}")
-    if constant_steps(args) < 1 or not 0 <= args.weight_decay < math.inf or args.seed < 0:
-        raise ValueError("--steps less the cooldown must leave a step; "
-                         "--weight-decay and --seed must be 0 or more")
+    if constant_steps(args) < 1:
+        raise ValueError("--steps less the cooldown must leave a step")
     if args.method == "looped":
         if not args.loop and args.layers < 3:
             raise ValueError(f"--method looped needs 3 layers or more, not {args.layers}, or its own --loop")
