@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from grow import Parser, at_least, load_checkpoint, make_folder, run_script, token_dtype
-from loop import PIECES, continue_text, json_lines, load_encoding, parse_repeats
+from loop import PIECES, ask, continue_text, json_lines, load_encoding, parse_repeats
 from model import loop_path, mean_loss
 
 # -----------------------------------------------------------------------------
@@ -159,10 +159,6 @@ def arithmetic(rng):
     """7+5=|12      (training text only: the facts that the word problems need)"""
     x, y, z = rng.randint(0, 20), rng.randint(0, 20), rng.randint(1, 9)
     return "", [(f"{x}+{y}=", f"{x + y}"), (f"{x + y}-{y}=", f"{x}"), (f"{x}+{y}+{z}=", f"{x + y + z}")]
-
-
-def ask(question):
-    return f"Question: {question}\nAnswer:"
 
 
 def word_problem(rng):

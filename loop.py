@@ -17,10 +17,12 @@ import re
 import shutil
 import zlib
 
+import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
-from grow import Parser, at_least, grow, load_checkpoint, run_script, save_derived
+from grow import Parser, at_least, grow, load_checkpoint, run_script, save_derived, token_dtype, tokens_of
 from model import llama_names, loop_path, mean_loss, one_line, read_json, refuse_others
 
 
@@ -144,6 +146,7 @@ def llama_encoding(config, tokenizer):
     special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
     return tiktoken.Encoding("huggingface", pat_str=pattern, special_tokens=special, mergeable_ranks=tokens)
 
+
 def continue_text(model, encoding, text, length, path=None, temperature=0.0):
     """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
     where the document does: at the first special token."""
@@ -152,6 +155,7 @@ def continue_text(model, encoding, text, length, path=None, temperature=0.0):
                          stop=encoding.eot_token)[0, len(tokens):].tolist()
     special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     return encoding.decode(list(itertools.takewhile(lambda token: token not in special, new)))
+
 
 def json_lines(file, *layouts):
     """The texts in each line of a .jsonl or .jsonl.gz file, a list by the first layout that the line has:
@@ -172,6 +176,40 @@ def json_lines(file, *layouts):
         except (ValueError, AttributeError, StopIteration):
             raise ValueError(f"{file}, line {number}: not a JSON object with " +
                              " or ".join(" and ".join(names) for names in layouts) + " as texts")
+
+
+def ask(question):
+    return f"Question: {question}\nAnswer:"
+
+
+def texts_of(file):
+    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
+    if file.endswith((".jsonl", ".jsonl.gz")):
+        for texts in json_lines(file, ("text",), ("question", "answer")):
+            yield texts[0] if len(texts) == 1 else f"{ask(texts[0])} {texts[1]}"
+    else:
+        try:
+            with open(file, encoding="utf-8") as f:
+                yield f.read()
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text")
+
+
+def encode(files, encoding, write):
+    """Writes the tokens of all files, an end-of-text token before each document."""
+    dtype = token_dtype(encoding)
+    for file in files:
+        if file.endswith(".bin"):
+            tokens = tokens_of(file)
+            for start in range(0, len(tokens), 2 ** 24):
+                part = np.array(tokens[start:start + 2 ** 24])
+                if part.max() >= encoding.n_vocab:
+                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has "
+                                     f"{encoding.n_vocab}: name the encoding it was made with by --encoding")
+                write(part.astype(dtype).tobytes())
+        else:
+            for text in tqdm(texts_of(file), desc=f"encoding {file}", unit=" documents", leave=False):
+                write(np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=dtype).tobytes())
 
 # -----------------------------------------------------------------------------
 # writing a Hugging Face directory

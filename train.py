@@ -36,42 +36,12 @@ from tqdm import tqdm
 import evaluate
 from grow import (METHODS, Parser, at_least, checkpoint_of, constant_steps, flops_until, grow, grow_optimizer,
                   learning_rate, load_checkpoint, peak_flops, run_script, save_atomically, save_checkpoint,
-                  stages, token_dtype, tokens_of, training_flops)
-from loop import continue_text, json_lines, load_encoding, parse_loop
+                  stages, token_dtype, training_flops)
+from loop import continue_text, encode, load_encoding, parse_loop
 from model import GPT, GPTConfig, mean_loss
 
 # -----------------------------------------------------------------------------
 # data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
-
-def texts_of(file):
-    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
-    if file.endswith((".jsonl", ".jsonl.gz")):
-        for texts in json_lines(file, ("text",), ("question", "answer")):
-            yield texts[0] if len(texts) == 1 else f"{evaluate.ask(texts[0])} {texts[1]}"
-    else:
-        try:
-            with open(file, encoding="utf-8") as f:
-                yield f.read()
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text")
-
-
-def encode(files, encoding, write):
-    """Writes the tokens of all files, an end-of-text token before each document."""
-    dtype = token_dtype(encoding)
-    for file in files:
-        if file.endswith(".bin"):
-            tokens = tokens_of(file)
-            for start in range(0, len(tokens), 2 ** 24):
-                part = np.array(tokens[start:start + 2 ** 24])
-                if part.max() >= encoding.n_vocab:
-                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has "
-                                     f"{encoding.n_vocab}: name the encoding it was made with by --encoding")
-                write(part.astype(dtype).tobytes())
-        else:
-            for text in tqdm(texts_of(file), desc=f"encoding {file}", unit=" documents", leave=False):
-                write(np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=dtype).tobytes())
-
 
 def cached_rows(args, encoding, key, produce):
     """The rows (n, context + 1) of a token file beside --out, made by produce(write) if there is none yet."""

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY_RUN, script, tiny_model
 import evaluate
 import train
 from grow import load_checkpoint
-from loop import load_encoding
+from loop import encode, load_encoding, texts_of
 
 
 def weights(folder, name="ckpt.pt"):
@@ -313,14 +313,14 @@ def files(tmp_path_factory):
 def test_every_format_gives_the_same_tokens(files, name):
     folder, encoding, tokens = files
     written = bytearray()
-    train.encode([str(folder / name)], encoding, written.extend)
+    encode([str(folder / name)], encoding, written.extend)
     assert np.array_equal(np.frombuffer(bytes(written), dtype=np.uint16), tokens)
 
 
 def test_plain_text_is_one_document_and_questions_are_asked(files):
     folder, encoding, _ = files
-    assert list(train.texts_of(str(folder / "a.txt"))) == ["\n".join(LINES)]
-    assert next(train.texts_of(str(folder / "qa.jsonl"))) == "Question: 1+1?\nAnswer: #### 2"
+    assert list(texts_of(str(folder / "a.txt"))) == ["\n".join(LINES)]
+    assert next(texts_of(str(folder / "qa.jsonl"))) == "Question: 1+1?\nAnswer: #### 2"
 
 
 def test_held_out_rows_of_files_are_the_last_ones_and_not_trained_on(files, tmp_path):
