@@ -248,6 +248,9 @@ def load_checkpoint(file, device="cpu", tokens=None):
     """file: of train.py or grow.py, or a Hugging Face directory; tokens: a .bin file to hold out in its place
     -> model, checkpoint. Raises ValueError, with the reason, for what is no checkpoint of this project."""
     if os.path.isdir(file):
+        if not os.path.exists(os.path.join(file, "config.json")):
+            raise ValueError(f"{file} is a folder without Hugging Face's config.json; a run's checkpoint is "
+                             f"the ckpt.pt in it")
         model, checkpoint = GPT.from_huggingface(file), {"heldout": {}}
         there = {"config.json", "tokenizer.json"} & {*os.listdir(file)}
         checkpoint["encoding"] = {name: read_json(file, name) for name in there}    # for load_encoding

@@ -78,3 +78,9 @@ def test_unrolling_by_command(trained, tmp_path):
     looped, kept = load_checkpoint(tmp_path / "looped.pt")
     assert torch.equal(a(tokens, path=[0, 1, 2, 3, 2, 3, 4, 5])[0], looped(tokens)[0])
     assert kept["args"]["seed"] == checkpoint["args"]["seed"] and "flops" not in kept
+
+
+def test_a_runs_folder_is_refused_with_the_name_of_its_checkpoint(trained):
+    """A folder is read as Hugging Face's, so that the message was about a config.json."""
+    result = script("loop.py", trained)
+    assert result.returncode == 2 and "ckpt.pt" in result.stderr and result.stderr.count("\n") == 1
