@@ -214,7 +214,7 @@ def tokens_of(file):
     return np.memmap(file, dtype=np.uint16, mode="r")
 
 # -----------------------------------------------------------------------------
-# checkpoints: a dict with config, model, encoding (see load_encoding), heldout rows, and what train.py needs to go on
+# checkpoints: a dict with config, model, encoding (of load_encoding), heldout rows, and what train.py needs
 
 def make_folder(file):
     """The folder that a file will lie in."""
