@@ -304,12 +304,13 @@ def available_device(text):
         raise argparse.ArgumentTypeError(f"no device {text!r} here: cuda, mps or cpu")
 
 
-def at_least(least, kind=int):
-    """A type for argparse: a finite number, `least` or more."""
+def at_least(least, kind=int, above=False):
+    """A type for argparse: a finite number, `least` or more; with above, more than that."""
     def number(text):
         value = kind(text)
-        if not least <= value < float("inf"):       # nan is refused as well
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
+        if not least <= value < float("inf") or above and value == least:       # nan is refused as well
+            bound = f"above {least}" if above else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return value
     number.__name__ = kind.__name__                 # what argparse calls it
     return number

@@ -162,7 +162,7 @@ def read_args():
                         help="layers a stage (default: 2; papers: 4 of 24)")
     parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: "
                                        "the middle quarter twice, 2-2x2-2 for 8 layers)")
-    parser.add_argument("--alpha", type=at_least(0, float), default=1.0,
+    parser.add_argument("--alpha", type=at_least(0, float, above=True), default=1.0,
                         help="PROP-alpha: more steps later (default: 1)")
     parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
     parser.add_argument("--heads", type=int, help="each at least 32 wide, or nothing is copied (default: 2)")
@@ -173,7 +173,7 @@ def read_args():
     parser.add_argument("--batch", type=at_least(1),
                         help="rows a step, over all GPUs (default: 4: many small steps learn sooner than few "
                              "large ones; CUDA: 64)")
-    parser.add_argument("--lr", type=at_least(0, float), default=1.5e-3,
+    parser.add_argument("--lr", type=at_least(0, float, above=True), default=1.5e-3,
                         help="at 0.001 copying, at 0.002 looking up came too late (default: 0.0015)")
     parser.add_argument("--warmup", type=at_least(1), default=50,
                         help="steps of rising learning rate (default: 50)")

@@ -395,6 +395,8 @@ BAD = {
     "too few steps": (lambda d: ["--steps", 2], "too few"),
     "no number": (lambda d: ["--lr", "fast"], "invalid float"),
     "lr of nan": (lambda d: ["--lr", "nan"], "--lr"),
+    "lr of 0": (lambda d: ["--lr", 0], "above 0"),
+    "alpha of 0": (lambda d: ["--alpha", 0], "above 0"),
     "heads": (lambda d: ["--heads", 5], "n_head"),
     "foreign checkpoint": (lambda d: ["--init", bad_file(d, "ckpt.pt", b"hello")], "not a whole checkpoint"),
     "unwritable out": (lambda d: ["--out", bad_file(d, "file", b"") / "run"], "file"),
