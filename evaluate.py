@@ -31,6 +31,7 @@ import string
 import sys
 import zlib
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -399,8 +400,8 @@ def final_answer(text):
     """What counts of an answer: the part behind GSM8K's ####, else the last number, else all of it."""
     if "####" in text:
         text = text.split("####")[1].strip().split("\n")[0]
-    numbers = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", text)
-    return re.sub(r"\.0+$", "", numbers[-1].replace(",", "")) if numbers else text.strip()
+    numbers = re.findall(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+|/[1-9]\d*)?", text)
+    return str(Fraction(numbers[-1].replace(",", ""))) if numbers else text.strip()
 
 
 def answer_file(model, encoding, file, n, max_new_tokens):

@@ -125,7 +125,7 @@ def growth_steps(total, stages, alpha=1.0):
     """
     if stages < 1 or total < 1:
         raise ValueError(f"growth needs at least one stage and one step, not {stages} and {total}")
-    weight = [i ** alpha for i in range(1, stages + 1)]
+    weight = [(i / stages) ** alpha for i in range(1, stages + 1)]
     ends = [round(total * sum(weight[:i]) / sum(weight)) for i in range(stages + 1)]
     steps = [end - start for start, end in zip(ends, ends[1:])]
     if min(steps) < 1:
@@ -334,7 +334,8 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(*given)
         if "hf" in args:        # Windows' shells leave out/*/ckpt.pt to the program
             args.checkpoints = [*itertools.chain.from_iterable(
-                sorted(glob.glob(name)) or [name] for name in args.checkpoints), *args.hf]
+                [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
+                for name in args.checkpoints), *args.hf]
             if not self.least <= len(args.checkpoints) <= self.most:
                 self.error(f"name {'one checkpoint' if self.most == 1 else 'checkpoints'}, or with --hf "
                            f"directories of Hugging Face, not {len(args.checkpoints)}")
@@ -354,7 +355,9 @@ def run_script(main):
         stream.reconfigure(errors="replace")
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):     # as torch says: no memory
+            raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

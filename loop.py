@@ -149,12 +149,12 @@ def llama_encoding(config, tokenizer):
 
 def continue_text(model, encoding, text, length, path=None, temperature=0.0):
     """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
-    where the document does: at the first special token."""
+    where the document does: at the first special token, or id that is no token."""
     tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
     new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
                          stop=encoding.eot_token)[0, len(tokens):].tolist()
-    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-    return encoding.decode(list(itertools.takewhile(lambda token: token not in special, new)))
+    ordinary = {encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    return encoding.decode(list(itertools.takewhile(ordinary.__contains__, new)))
 
 
 def json_lines(file, *layouts):
@@ -173,7 +173,7 @@ def json_lines(file, *layouts):
             raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise ValueError(f"{file} is not a whole gzip file")
-        except (ValueError, AttributeError, StopIteration):
+        except (ValueError, AttributeError, StopIteration, RecursionError):
             raise ValueError(f"{file}, line {number}: not a JSON object with " +
                              " or ".join(" and ".join(names) for names in layouts) + " as texts")
 
@@ -240,7 +240,7 @@ def export(model, folder, path=None, source=None):
         "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps, "mlp_bias": False,
         "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied,
         "bos_token_id": config.separator, "eos_token_id": config.separator}
-    part = folder + ".part"                 # renamed when whole: nothing is left half-written
+    part = f"{folder}.{os.getpid()}.part"                 # renamed when whole: nothing is left half-written
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     try:

@@ -40,7 +40,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True           # the output head shares its weights with the embedding
-    separator: int | None = None    # token that begins a document: no position attends past that of its own
+    separator: int | None = None    # token that begins a document, past which no position attends
     path: list | None = None    # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
 
@@ -261,7 +261,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
-            if temperature == 0:
+            if temperature < 1e-6:      # float32 cannot divide by much less
                 new = logits.argmax(-1, keepdim=True)
             else:
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
@@ -313,7 +313,7 @@ def read_json(folder, name):
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             return dict(**json.load(f))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{os.path.join(folder, name)} is not a JSON object")
 
 

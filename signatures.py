@@ -130,12 +130,13 @@ def early_exit(model, tokens, path=None):
     """
     _, h, _, _, last = trace(model, tokens, path)
     final = model.head(model.norm(last)).log_softmax(-1)
-    top = final.topk(5).indices
+    top = final.topk(min(5, final.shape[-1])).indices
     kl, overlap = [], []
     for x in [*h, last]:
         exit = model.head(model.norm(x)).log_softmax(-1)
         kl.append((final.exp() * (final - exit)).sum(-1).mean())
-        overlap.append((exit.topk(5).indices.unsqueeze(-1) == top.unsqueeze(-2)).any(-1).float().mean())
+        likeliest = exit.topk(top.shape[-1]).indices
+        overlap.append((likeliest.unsqueeze(-1) == top.unsqueeze(-2)).any(-1).float().mean())
     return torch.stack(kl).cpu(), torch.stack(overlap).cpu()
 
 
@@ -149,10 +150,9 @@ def reordered(path, size):
             paths["skip"].append(before + behind)
         if neighbour:
             paths["swap"].append(before + neighbour + unit + rest)
-        paths["reverse"].append(before + unit[::-1] + behind)
-    if size == 1:
-        del paths["reverse"]        # of one visit is the same path
-    return paths
+        if unit[::-1] != unit:                  # else it is the same path
+            paths["reverse"].append(before + unit[::-1] + behind)
+    return {name: found for name, found in paths.items() if found}
 
 
 def reorder_effects(model, rows, size, path=None):
@@ -337,6 +337,8 @@ def main():
         name += "".join(f" {x}" for x in (args.loop, stream, args.reduce)     # what is not the default
                         if x not in (None, "general", "tokens", "max"))
         rows = checkpoint["heldout"][stream][:args.rows]
+        if rows.shape[1] < 5:
+            raise ValueError(f"{file}: signatures need a context of four tokens or more")
         curves = all_signatures(model, rows, args.block, path, args.reduce)
         models.append({"file": file, "name": name, "seed": seed, "path": path, "curves": curves})
         if not args.quiet:

@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def grow_by_one_block(model, optimizer, args):
 # -----------------------------------------------------------------------------
 # arguments
 
-SIZES = {   # fits the device: minutes on two CPU cores; on a GPU a larger model in the same time or less
+SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
     "cpu": {"layers": 8, "width": 64, "heads": 2, "context": 256, "batch": 4, "steps": 6000},
     "mps": {"layers": 8, "width": 128, "heads": 4, "context": 256, "batch": 8, "steps": 6000},
     "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
@@ -164,8 +165,9 @@ def read_args():
                                        "the middle quarter twice, 2-2x2-2 for 8 layers)")
     parser.add_argument("--alpha", type=at_least(0, float, above=True), default=1.0,
                         help="PROP-alpha: more steps later (default: 1)")
-    parser.add_argument("--width", type=int, help="of the residual stream (default: 64; CUDA: 384)")
-    parser.add_argument("--heads", type=int, help="each at least 32 wide, or nothing is copied (default: 2)")
+    parser.add_argument("--width", type=int, help="of the residual stream (default: 64; MPS: 128; CUDA: 384)")
+    parser.add_argument("--heads", type=int,
+                        help="each at least 32 wide, or nothing is copied (default: 2; MPS: 4; CUDA: 6)")
     parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
     parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 3 puzzles; CUDA: 512)")
     # the schedule
@@ -248,7 +250,8 @@ def check(args):
         if not args.loop and args.layers < 3:
             raise ValueError(f"--method looped needs 3 layers or more, not {args.layers}, or its own --loop")
         quarter = max(1, (args.layers or 0) // 4)
-        args.loop = args.loop or f"{quarter}-{quarter}x2-{args.layers - 3 * quarter}"
+        others = (args.layers or 0) - 2 * quarter       # half of them before it
+        args.loop = args.loop or f"{others // 2}-{quarter}x2-{others - others // 2}"
         depth = len(parse_loop(args.loop)[1])
         if args.layers not in (None, depth) and not args.init:
             raise ValueError(f"--loop {args.loop} is {depth} visits deep, "
@@ -314,8 +317,9 @@ def main():
     streams, heldout = open_streams(args, encoding)
     if rank == 0 and world_size > 1:
         dist.barrier()
-    if args.resume and not all(torch.equal(rows, checkpoint["heldout"][name])
-                               for name, rows in heldout.items()):
+    data = {name: zlib.crc32(rows, zlib.crc32(heldout[name].numpy())) for name, rows in streams.items()}
+    changed = [name for name in data if checkpoint and data[name] != checkpoint["data"].get(name)]
+    if "general" in changed or args.resume and changed:     # a second cooldown may have math of its own
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
 
     # ---- the model, new or as it was saved
@@ -350,8 +354,8 @@ def main():
     def save(name, step):
         flops = flops_until(args, model.config, step)
         save_checkpoint(os.path.join(args.out, name), checkpoint_of(
-            model, encoding=spec, heldout=heldout, args=vars(args), step=step, log=log, growth=growth,
-            optimizer=optimizer.state_dict(), flops=flops))
+            model, encoding=spec, heldout=heldout, data=data, args=vars(args), step=step, log=log,
+            growth=growth, optimizer=optimizer.state_dict(), flops=flops))
         save_atomically(os.path.join(args.out, "log.jsonl"),
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
 
@@ -395,7 +399,7 @@ def main():
     if rank == 0 and not args.resume:
         save("ckpt.pt", start)          # an unwritable --out is noticed now
     if rank == 0:
-        for part in glob.glob(os.path.join(glob.escape(args.out), "*.part")):
+        for part in glob.glob(os.path.join(glob.escape(args.out), "*.[0-9]*.part")):
             os.remove(part)             # of a run that was killed while it wrote
     loss_sum, since, clock = 0.0, start, time.time()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,

@@ -225,7 +225,9 @@ def test_fine_tuning_learns_its_examples_and_leaves_the_model_alone(encoding):
 def test_final_answers():
     assert E.final_answer("She has 1,072 left.\n#### 1,072\nmore") == "1072"
     assert E.final_answer("so 3 + 4 = 7.") == "7" and E.final_answer(" yes ") == "yes"
-    assert E.final_answer("-2.5") == "-2.5" and E.final_answer("18.00") == "18"
+    assert E.final_answer("-2.5") == "-5/2" and E.final_answer("18.00") == "18"
+    assert E.final_answer("#### $3.50") == E.final_answer("3.5") and E.final_answer("1/0") == "0"
+    assert E.final_answer("#### 2/3") != E.final_answer("#### 1/3") and E.final_answer("4/6") == "2/3"
     assert E.final_answer("the range 3-5") == "5" and E.final_answer("it fell to -5.") == "-5"
 
 

@@ -128,6 +128,8 @@ def test_prop_alpha(total, alpha):
 
 
 def test_too_few_steps_for_the_stages():
+    with pytest.raises(ValueError):                 # and not that the numbers get too large
+        growth_steps(32, 3, 2000.0)
     with pytest.raises(ValueError):
         growth_steps(5, 6, 1.0)
 

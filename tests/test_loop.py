@@ -1,10 +1,11 @@
 """Paths that loop, and looping any checkpoint."""
 import pytest
+import tiktoken
 import torch
 from conftest import script, some_tokens, tiny_model
 
 from grow import load_checkpoint
-from loop import loop_path, parse_loop, unroll
+from loop import PIECES, continue_text, loop_path, parse_loop, unroll
 
 
 def test_loop_paths_by_hand():
@@ -84,3 +85,22 @@ def test_a_runs_folder_is_refused_with_the_name_of_its_checkpoint(trained):
     """A folder is read as Hugging Face's, so that the message was about a config.json."""
     result = script("loop.py", trained)
     assert result.returncode == 2 and "ckpt.pt" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_id_that_is_no_token_ends_the_text():
+    """Encodings such as cl100k_base have some, and decoding one is a KeyError."""
+    encoding = tiktoken.Encoding("gap", pat_str=PIECES, special_tokens={"<|endoftext|>": 256, "<|last|>": 299},
+                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+    model = tiny_model(vocab_size=300)
+    texts = [continue_text(model, encoding, "a", 20, temperature=100.0) for _ in range(20)]
+    assert min(map(len, texts)) < 10 < max(map(len, texts))
+
+
+def test_a_path_that_looks_like_a_pattern_is_a_path(trained, tmp_path):
+    """run[1] was taken for a pattern, which run1 fits."""
+    for name in ("run[1]", "run1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run[1]" / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "run1" / "ckpt.pt").write_bytes(b"another")
+    result = script("loop.py", tmp_path / "run[1]" / "ckpt.pt", "--repeats", 0)
+    assert result.returncode == 0, result.stderr

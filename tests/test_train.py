@@ -227,17 +227,20 @@ def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_pa
     """Each of these once trained something else than was asked for, in silence."""
     one, two, three, four = (tmp_path / name for name in ("one", "two", "three", "four"))
     assert script("train.py", *TINY_RUN, "--method", "looped", "--steps", 10, "--out", one).returncode == 0
-    assert weights(one)["config"]["path"] == [0, 1, 1, 2, 3, 4]
-    assert script("train.py", "--init", one / "stable.pt", "--loop", "2-1x2-2", "--out", two).returncode == 0
-    assert weights(two)["config"]["path"] == [0, 1, 2, 2, 3, 4]
+    assert weights(one)["config"]["path"] == [0, 1, 2, 2, 3, 4]
+    assert script("train.py", "--init", one / "stable.pt", "--loop", "1-1x2-3", "--out", two).returncode == 0
+    assert weights(two)["config"]["path"] == [0, 1, 1, 2, 3, 4]
     text = bad_file(tmp_path, "text.txt", b"some words and more of them " * 99)
     assert script("train.py", *TINY_RUN, "--data", text, "--encoding", "world", "--steps", 10,
                   "--out", three).returncode == 0
     assert script("train.py", "--init", three / "stable.pt", "--math", text, "--out", four).returncode == 0
     assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
-    text.write_bytes(b"other words and more of them " * 99)     # held-out rows would be trained on
-    assert "changed" in script("train.py", "--resume", "--out", three).stderr
-    text.write_bytes(b"some words and more of them " * 99)
+    whole = text.read_bytes()
+    for changed in (whole.replace(b"some", b"many"), b"many" + whole[4:]):     # the last: no held-out row
+        text.write_bytes(changed)
+        for command in (["--resume", "--out", three], ["--init", three / "stable.pt", "--out", tmp_path / "5"]):
+            assert "changed" in script("train.py", *command).stderr
+    text.write_bytes(whole)
     six = tmp_path / "six"                                      # the world's general text, math of one's own
     assert script("train.py", "--init", one / "stable.pt", "--math", text, "--out", six).returncode == 0
     assert all(torch.equal(weights(six)["heldout"][name], weights(source)["heldout"][other])
