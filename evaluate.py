@@ -429,52 +429,43 @@ def answer_file(model, encoding, file, n, max_new_tokens):
 # measurements are rows: {"table", "model", "seed", "column", "value", ...}; tables are printed from rows
 
 def measure(args, run, model, checkpoint):
-    """All that was asked for, of one model -> rows without the model's name."""
+    """All that was asked for, of one model, one after another -> table, column, score."""
     encoding = load_encoding(checkpoint["encoding"]) if args.tasks or args.questions else None
-    paths = {"own path": None} | {loop: parse_repeats(loop, model.config.n_layer) for loop in args.loop}
-    rows = []
-
-    def add(table, column, suffix="", **score):
-        rows.append({"table": table, "suffix": suffix, "column": column, **score})
-
     if args.questions:
         length = args.length or min(128, model.config.context // 2)
         right = answer_file(model, encoding, args.questions, args.n, length)
-        add("questions", os.path.basename(args.questions), **proportion(right))
+        yield "questions", os.path.basename(args.questions), proportion(right)
     elif args.shots:
-        for task in tqdm(args.tasks, desc=f"{run}: shots", leave=False, disable=None):
-            for shots in args.shots:
-                score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
-                if score.pop("shots") == shots:     # else they do not fit the context
-                    add(f"{task}: accuracy by number of shots", str(shots), **score)
+        for task, shots in itertools.product(args.tasks, args.shots):
+            score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
+            if score.pop("shots") == shots:     # else they do not fit the context
+                yield f"{task}: accuracy by number of shots", str(shots), score
     elif args.finetune:
-        for task in args.tasks:
-            for n_train in tqdm(args.finetune, desc=f"{run}: fine-tuning", leave=False, disable=None):
-                draws = [finetune(model, encoding, task, n_train, args.n, seed=args.seed + i)
-                         for i in range(args.draws)]
-                score = {"value": statistics.mean(draws), "n": args.n, "chance": TASKS[task][2]}
-                if args.draws > 1:
-                    score["se"] = statistics.stdev(draws) / args.draws ** 0.5
-                add(f"{task}: accuracy by number of fine-tuning examples", str(n_train), **score, draws=draws)
+        for task, n_train in itertools.product(args.tasks, args.finetune):
+            draws = [finetune(model, encoding, task, n_train, args.n, seed=args.seed + i)
+                     for i in range(args.draws)]
+            score = {"value": statistics.mean(draws), "n": args.n, "chance": TASKS[task][2], "draws": draws}
+            if args.draws > 1:
+                score["se"] = statistics.stdev(draws) / args.draws ** 0.5
+            yield f"{task}: accuracy by number of fine-tuning examples", str(n_train), score
     elif args.sweep:
-        sweep(args, run, model, encoding, add)
+        yield from sweep(args, run, model, encoding)
     else:
         sizes = {"depth": len(model.config.visits()), "params": sum(p.numel() for p in model.parameters())}
         if "flops" in checkpoint:               # not in what grow.py, --unroll or Hugging Face wrote
             sizes["flops"] = checkpoint["flops"]
         for column, value in () if args.loop else sizes.items():
-            add("tasks", column, value=value)
-        for name, path in paths.items():
-            scores = {f"loss {stream}": {"value": mean_loss(model, heldout, path)}
-                      for stream, heldout in checkpoint["heldout"].items()}
-            scores |= {task: accuracy(model, encoding, task, args.n, path=path, seed=args.seed)
-                       for task in tqdm(args.tasks, desc=f"{run} {name}", leave=False, disable=None)}
-            for column, score in scores.items():    # one table of all tasks, or one each, its columns paths
-                add(*(f"{column} by looped path", name) if args.loop else ("tasks", column), **score)
-    return rows
+            yield "tasks", column, {"value": value}
+        losses = {f"loss {stream}": rows for stream, rows in checkpoint["heldout"].items()}
+        paths = {"own path": None} | {loop: parse_repeats(loop, model.config.n_layer) for loop in args.loop}
+        for (loop, path), name in itertools.product(paths.items(), [*losses, *args.tasks]):
+            score = ({"value": mean_loss(model, losses[name], path)} if name in losses else
+                     accuracy(model, encoding, name, args.n, path=path, seed=args.seed))
+            # one table of all tasks, or one each, its columns the paths
+            yield *((f"{name} by looped path", loop) if args.loop else ("tasks", name)), score
 
 
-def sweep(args, run, model, encoding, add):
+def sweep(args, run, model, encoding):
     """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even
     examples, and its accuracy on the odd ones, which did not choose it, beside that along its own path."""
     n_layer = model.config.n_layer
@@ -482,14 +473,15 @@ def sweep(args, run, model, encoding, add):
         raise ValueError(f"{run} has {n_layer} layers, no block of {args.block}")
     paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
              for start in range(n_layer - args.block + 1) for repeats in args.repeats}
-    for task in tqdm(args.tasks, desc=f"{run}: sweep", leave=False, disable=None):
+    for task in args.tasks:
         examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
         right = {key: is_right(model, examples, path) for key, path in {None: None, **paths}.items()}
         best = max(paths, key=lambda key: sum(right[key][::2]))
         tqdm.write(f"{run}: best for {task} is --loop {best[0]},{args.block},{best[1]}", file=sys.stderr)
         for suffix, key in (("", None), (f" best loop of {args.block}", best)):
-            add("sweep", task, suffix, **proportion(right[key][1::2]), chance=TASKS[task][2], shots=shots,
-                start_repeats=key, chosen_at=proportion(right[key][::2])["value"])
+            yield "sweep", task, {"suffix": suffix, **proportion(right[key][1::2]), "chance": TASKS[task][2],
+                                  "shots": shots, "start_repeats": key,
+                                  "chosen_at": proportion(right[key][::2])["value"]}
 
 
 def append_rows(file, rows):
@@ -631,11 +623,11 @@ def main():
 
     rows = read_rows(args.table) if args.table else []
     for file, name, seed, model, checkpoint in load_labelled(args):
-        new = [{"model": name, "seed": seed, "run": file, **row}
-               for row in measure(args, file, model, checkpoint)]
-        rows += new
-        if args.results:
-            append_rows(args.results, new)
+        measured = measure(args, file, model, checkpoint)
+        for table, column, score in tqdm(measured, desc=file, unit=" rows", leave=False, disable=None):
+            rows.append({"table": table, "model": name, "seed": seed, "run": file, "column": column, **score})
+            if args.results:
+                append_rows(args.results, rows[-1:])
     rows = [row for row in rows if args.only in row["table"]
             and (not args.columns or row["column"] in args.columns)]
     if not rows:
