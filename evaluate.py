@@ -490,43 +490,36 @@ def append_rows(file, rows):
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def print_tables(rows):
-    """Prints one table per kind of row: a line per model, a column per measurement. Cells are means over the
-    seeds with their standard deviation, or, of one seed, with the standard error of its n examples."""
+def print_tables(rows, side_by_side=7):
+    """Prints one table per kind of row: a line per model, a column per measurement, the rest of many below.
+    Cells are means over the seeds with their standard deviation, or, of one seed, with the standard error of
+    its n examples."""
+    flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells, columns = {}, {}     # a cell: {seed: row}: what is measured again counts once
-        for row in (row for row in rows if row["table"] == table):
-            model, column = row["model"] + row.get("suffix", ""), row["column"]
-            cells.setdefault(model, {}).setdefault(column, {})[row["seed"]] = row
-            columns.setdefault(column, []).append(row)
-        flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
-        lines = [["", "seeds", *columns]]
-        for model, by_column in cells.items():
-            lines.append([model, str(len(set().union(*by_column.values())))] + [
-                cell(list(by_column.get(column, {}).values()), max(flops, default=0)) for column in columns])
-        for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
-            found = [{round(scale * row[key]) for row in column if key in row} for column in columns.values()]
-            if any(found):
-                lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else ""
-                                          for x in found])
         print(f"\n{table}")
-        print_columns(lines)
-
-
-def print_columns(lines, room=110):
-    """Prints lists of texts in columns, all with the first one; those that do not fit the room go below."""
-    first, *widths = [max(map(len, column)) for column in zip(*lines)]
-    bands, left = [], 0                         # of columns that stand side by side
-    for i, width in enumerate(widths):
-        left -= 2 + width
-        if left < 0:
-            bands, left = bands + [[]], room - first - 2 - width
-        bands[-1].append(i)
-    for n, band in enumerate(bands):
-        print("\n" * (n > 0), end="")
-        for name, *texts in lines:
-            if any(texts[i] != "-" for i in band):      # else the model has none of these columns
-                print(f"{name:{first}}" + "".join(f"  {texts[i]:>{widths[i]}}" for i in band))
+        cells = {}      # {(model, column): {seed: row}}: what is measured again counts once
+        for row in (row for row in rows if row["table"] == table):
+            place = row["model"] + row.get("suffix", ""), row["column"]
+            cells.setdefault(place, {})[row["seed"]] = row
+        models, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+        for i in range(0, len(columns), side_by_side):
+            band = columns[i:i + side_by_side]
+            lines = [["", "seeds", *band]]
+            for model in models:
+                found = [cells.get((model, column), {}) for column in band]
+                if any(found):
+                    lines.append([model, str(len(set().union(*found))),
+                                  *(cell(list(seeds.values()), max(flops, default=0)) for seeds in found)])
+            for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
+                found = [{round(scale * row[key]) for (_, name), seeds in cells.items() if name == column
+                          for row in seeds.values() if key in row} for column in band]
+                if any(found):
+                    lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else ""
+                                              for x in found])
+            first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
+            print("\n" * (i > 0), end="")
+            for name, *texts in lines:
+                print(f"{name:{first}}" + "".join(f"  {x:>{width}}" for x, width in zip(texts, widths)))
 
 
 def cell(rows, reference):
