@@ -408,16 +408,16 @@ def answer_file(model, encoding, file, n, max_new_tokens):
     """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`, the
     first n of them, or all -> list of bools. A question that fills the context by itself counts as wrong."""
     right, too_long = [], 0
-    lines = itertools.islice(json_lines(file, ("question", "answer")), n)
-    for number, (question, answer) in enumerate(tqdm(lines, desc="questions", leave=False, disable=None), 1):
-        if not final_answer(answer):
+    lines = itertools.islice(json_lines(file, {"question": str, "answer": str}), n)
+    for number, line in enumerate(tqdm(lines, desc="questions", leave=False, disable=None), 1):
+        if not final_answer(line["answer"]):
             raise ValueError(f"{file}, line {number}: the answer is empty")
-        prompt = ask(question)
+        prompt = ask(line["question"])
         room = model.config.context - 1 - len(encoding.encode_ordinary(prompt))
         too_long += room < 1
         text = continue_text(model, encoding, prompt, min(max_new_tokens, room)) if room > 0 else ""
         text = re.split("\n\n|\nQuestion:", text)[0]        # a model may go on with a question of its own
-        right.append(final_answer(text) == final_answer(answer))
+        right.append(final_answer(text) == final_answer(line["answer"]))
     if not right:
         raise ValueError(f"{file} holds no questions")
     if too_long:
@@ -426,7 +426,10 @@ def answer_file(model, encoding, file, n, max_new_tokens):
     return right
 
 # -----------------------------------------------------------------------------
-# measurements are rows: {"table", "model", "seed", "column", "value", ...}; tables are printed from rows
+# measurements are rows; tables are printed from rows
+
+ROW = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}       # and more
+
 
 def measure(args, run, model, checkpoint):
     """All that was asked for, of one model, one after another -> table, column, score."""
@@ -557,16 +560,7 @@ def load_labelled(args):
 
 def read_rows(file):
     """The rows that --results wrote. Raises ValueError naming a line that is none."""
-    rows = []
-    with open(file, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                row["table"] + row["model"] + row["column"], row["seed"], row["value"] + 0
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}: not a row of table, model, seed, column and value")
-            rows.append(row)
-    return rows
+    return list(json_lines(file, ROW))
 
 
 def main():

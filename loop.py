@@ -158,24 +158,24 @@ def continue_text(model, encoding, text, length, path=None, temperature=0.0):
 
 
 def json_lines(file, *layouts):
-    """The texts in each line of a .jsonl or .jsonl.gz file, a list by the first layout that the line has:
-    json_lines(file, ("text",), ("question", "answer")). Raises ValueError naming a line that has none."""
+    """The dicts in the lines of a .jsonl or .jsonl.gz file, each of one of the layouts, which map what it must
+    have to its type, as {"question": str, "answer": str}. Raises ValueError naming a line that has none."""
     number = 0
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, 1):
                 item = json.loads(line)
-                texts = next([item[name] for name in names] for names in layouts if item.keys() >= {*names})
-                if not all(isinstance(text, str) for text in texts):
+                if not any(all(isinstance(item.get(name), kind) for name, kind in layout.items())
+                           for layout in layouts):
                     raise ValueError
-                yield texts
+                yield item
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise ValueError(f"{file} is not a whole gzip file")
-        except (ValueError, AttributeError, StopIteration, RecursionError):
+        except (ValueError, AttributeError, RecursionError):
             raise ValueError(f"{file}, line {number}: not a JSON object with " +
-                             " or ".join(" and ".join(names) for names in layouts) + " as texts")
+                             " or ".join(" and ".join(layout) for layout in layouts))
 
 
 def ask(question):
@@ -185,8 +185,9 @@ def ask(question):
 def texts_of(file):
     """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
     if file.endswith((".jsonl", ".jsonl.gz")):
-        for texts in json_lines(file, ("text",), ("question", "answer")):
-            yield texts[0] if len(texts) == 1 else f"{ask(texts[0])} {texts[1]}"
+        for line in json_lines(file, {"text": str}, {"question": str, "answer": str}):
+            asked = not isinstance(line.get("text"), str)
+            yield f"{ask(line['question'])} {line['answer']}" if asked else line["text"]
     else:
         try:
             with open(file, encoding="utf-8") as f:
