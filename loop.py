@@ -158,8 +158,8 @@ def continue_text(model, encoding, text, length, path=None, temperature=0.0):
 
 
 def json_lines(file, *layouts):
-    """The dicts in the lines of a .jsonl or .jsonl.gz file, each of one of the layouts, which map what it must
-    have to its type, as {"question": str, "answer": str}. Raises ValueError naming a line that has none."""
+    """The dicts in the lines of a .jsonl or .jsonl.gz file, each of one of the layouts: {name: type} of what
+    it must have, as {"question": str, "answer": str}. Raises ValueError naming a line that has none."""
     number = 0
     with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
         try:
