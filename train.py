@@ -111,19 +111,15 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def why_eager(args):
-    """Why the layers are not compiled, or None: they are on CUDA, and on the CPU where a long run wins the
-    time back."""
+def compiles(args):
+    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is
+    long enough to win the time back. Not on MPS."""
     if args.compile != "auto":
-        return None if args.compile == "on" else "--compile off"
-    if args.device.startswith("mps"):
-        return "not used on MPS"
-    if args.device == "cpu" and args.steps < 500:
-        return "a short run would not win back the compile time"
-    if args.device.startswith("cuda") and not importlib.util.find_spec("triton"):
-        return "Triton is not installed"
-    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc", "cl")
-    return None if any(map(shutil.which, compilers)) else f"none of {', '.join(compilers)} is installed"
+        return args.compile == "on"
+    if args.device == "cpu":
+        return args.steps >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
+    return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
+            and any(map(shutil.which, ("gcc", "clang", "cc", "cl"))))
 
 
 def prepare(model, compiled, distributed):
@@ -338,18 +334,16 @@ def main():
     optimizer = make_optimizer(model, args)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    eager, cuda = why_eager(args), args.device.startswith("cuda")
-    if eager:
-        say(f"running eagerly: {eager}")
-    training = prepare(model, not eager, world_size > 1)
+    compiled, cuda = compiles(args), args.device.startswith("cuda")
+    training = prepare(model, compiled, world_size > 1)
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, cuda)
     plan, peak = stages(args), peak_flops(args.device)
     total = flops_until(args, model.config, args.steps)
     plain = training_flops(model.config, args.steps * args.batch * args.context, path=range(args.depth))
     say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in plan[:-1])}"
         f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context}"
-        f" tokens on {args.device}, {total:.2e} FLOPs = {total / plain:.0%} of a plain model's "
-        f"of depth {args.depth}")
+        f" tokens on {args.device}, layers {'' if compiled else 'not '}compiled, {total:.2e} FLOPs = "
+        f"{total / plain:.0%} of a plain model's of depth {args.depth}")
 
     def save(name, step):
         flops = flops_until(args, model.config, step)
@@ -421,7 +415,7 @@ def main():
         if done in growing:
             before = mean_loss(model, heldout["general"])
             model, optimizer, path = grow_by_one_block(model, optimizer, args)
-            training = prepare(model, not eager, world_size > 1)
+            training = prepare(model, compiled, world_size > 1)
             after = mean_loss(model, heldout["general"])
             growth = growth + [{"step": done, "path": path}]
             log.append({"step": done, "growth": path, "loss before": before, "loss after": after})
