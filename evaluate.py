@@ -571,9 +571,9 @@ def main():
                         help="default: all; none behind it: losses only")
     parser.add_argument("-n", type=at_least(2),
                         help="examples a task (default: 200, +-3.5%% at most), or questions (default: all)")
-    parser.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS",
-                        help="further paths: of 8 layers, 3,2,1 is the loop that train.py writes as 3-2x2-3")
     others = parser.add_mutually_exclusive_group()
+    others.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS",
+                        help="further paths: of 8 layers, 3,2,1 is the loop that train.py writes as 3-2x2-3")
     others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
     others.add_argument("--shots", type=at_least(0), nargs="+",
                         help="in-context curve: numbers of worked examples")
@@ -599,12 +599,8 @@ def main():
     args = parser.parse_args()
     if bool(args.checkpoints) == bool(args.table):
         parser.error("name checkpoints to evaluate, or a file of rows with --table")
-    if not args.tasks and (args.sweep or args.shots or args.finetune):
-        parser.error("--sweep, --shots and --finetune need a task")
     if (args.only or args.columns) and not args.table:
         parser.error("--only and --columns go with --table")
-    if args.loop and (args.sweep or args.shots or args.finetune or args.questions):
-        parser.error("--loop goes with tasks alone")
     if args.n is None and not args.questions:
         args.n = 200
 
@@ -618,7 +614,7 @@ def main():
     rows = [row for row in rows if args.only in row["table"]
             and (not args.columns or row["column"] in args.columns)]
     if not rows:
-        raise ValueError("there is nothing to show: no rows of that name, or nothing that fits the context")
+        raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
