@@ -453,10 +453,6 @@ def finish(model, args, encoding):
     file = os.path.join(args.out, "ckpt.pt")
     print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
           f"  python signatures.py {file}")
-    if os.path.exists(stable := os.path.join(args.out, "stable.pt")) and args.method != "looped":
-        middle = (model.config.n_layer - args.block) // 2
-        print(f"  python train.py --init {stable} --loop {middle}-{args.block}x2-"
-              f"{model.config.n_layer - middle - args.block} --out {args.out}-loop")
 
 
 if __name__ == "__main__":
