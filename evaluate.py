@@ -9,16 +9,8 @@ Reasoning primitives and the paper's other tasks, on a small world that is also 
     python evaluate.py out/gsm8k/ckpt.pt --questions test.jsonl  # a file of questions and answers
 
 A *family* makes puzzles: a body and questions on it. A task asks one of them; training text asks one or all.
-Here is an assignment of depth 0 (MIDAS, arXiv 2409.19044), the answer behind `|`, which is no token:
-
-    Fill in blank:
-
-    o=14
-    s=4
-    u=8
-    m=10
-    q=12
-    m=___. ->|10
+Each family's docstring begins with a puzzle, the answer behind `|`, which is no token. Those of MIDAS (arXiv
+2409.19044) are copying, assignment and preschool.
 """
 import copy
 import itertools
