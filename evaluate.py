@@ -491,12 +491,16 @@ def print_tables(rows, side_by_side=7):
     its n examples."""
     flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
     for table in dict.fromkeys(row["table"] for row in rows):
-        print(f"\n{table}")
         cells = {}      # {(model, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
             place = row["model"] + row.get("suffix", ""), row["column"]
-            cells.setdefault(place, {})[row["seed"]] = row
+            seeds = cells.setdefault(place, {})
+            if (other := seeds.get(row["seed"], row).get("run")) != row.get("run"):
+                raise ValueError(f"{other} and {row.get('run')} share the line {place[0]} of a table: give "
+                                 f"them results files of their own")
+            seeds[row["seed"]] = row
         models, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+        print(f"\n{table}")
         for i in range(0, len(columns), side_by_side):
             band = columns[i:i + side_by_side]
             lines = [["", "seeds", *band]]

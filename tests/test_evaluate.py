@@ -247,6 +247,9 @@ def test_tables_are_printed_from_rows(tmp_path):
     assert lines["baseline"] == ["baseline", "2", "2.100±0.141", "100%", "40.0±14.1"]
     assert lines["lidas"] == ["lidas", "1", "2.100", "80%", "25.0±4.3"]        # one seed: the standard error
     assert lines["chance"] == ["chance", "20"] and lines["n"] == ["n", "100"]
+    file.write_text("".join(json.dumps({**ROWS[0], "run": run}) + "\n" for run in ("a/ckpt.pt", "b/ckpt.pt")))
+    result = script("evaluate.py", "--table", file)             # the second one alone was once shown
+    assert result.returncode == 2 and "a/ckpt.pt and b/ckpt.pt" in result.stderr and not result.stdout
 
 
 @pytest.mark.parametrize("line", ["", "[]", "{}", '{"table": "tasks"', json.dumps({**ROWS[0], "value": None}),

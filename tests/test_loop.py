@@ -89,8 +89,8 @@ def test_a_runs_folder_is_refused_with_the_name_of_its_checkpoint(trained):
 
 def test_an_id_that_is_no_token_ends_the_text():
     """Encodings such as cl100k_base have some, and decoding one is a KeyError."""
-    encoding = tiktoken.Encoding("gap", pat_str=PIECES, special_tokens={"<|endoftext|>": 256, "<|last|>": 299},
-                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+    encoding = tiktoken.Encoding("gap", pat_str=PIECES, mergeable_ranks={bytes([b]): b for b in range(256)},
+                                 special_tokens={"<|endoftext|>": 256, "<|last|>": 299})
     model = tiny_model(vocab_size=300)
     texts = [continue_text(model, encoding, "a", 20, temperature=100.0) for _ in range(20)]
     assert min(map(len, texts)) < 10 < max(map(len, texts))

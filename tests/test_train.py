@@ -225,7 +225,7 @@ def test_another_cooldown_from_the_end_of_the_constant_phase(trained, tmp_path):
 
 def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_path, monkeypatch):
     """Each of these once trained something else than was asked for, in silence."""
-    one, two, three, four = (tmp_path / name for name in ("one", "two", "three", "four"))
+    one, two, three, four, five, six = (tmp_path / name for name in ("1", "2", "3", "4", "5", "6"))
     assert script("train.py", *TINY_RUN, "--method", "looped", "--steps", 10, "--out", one).returncode == 0
     assert weights(one)["config"]["path"] == [0, 1, 2, 2, 3, 4]
     assert script("train.py", "--init", one / "stable.pt", "--loop", "1-1x2-3", "--out", two).returncode == 0
@@ -238,15 +238,15 @@ def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_pa
     whole = text.read_bytes()
     for changed in (whole.replace(b"some", b"many"), b"many" + whole[4:]):     # the last: no held-out row
         text.write_bytes(changed)
-        for command in (["--resume", "--out", three], ["--init", three / "stable.pt", "--out", tmp_path / "5"]):
+        for command in (["--resume", "--out", three], ["--init", three / "stable.pt", "--out", six]):
             assert "changed" in script("train.py", *command).stderr
     text.write_bytes(whole)
-    six = tmp_path / "six"                                      # the world's general text, math of one's own
+    # the world's general text, math of one's own
     assert script("train.py", "--init", one / "stable.pt", "--math", text, "--out", six).returncode == 0
     assert all(torch.equal(weights(six)["heldout"][name], weights(source)["heldout"][other])
                for name, source, other in (("general", one, "general"), ("math", three, "general")))
     assert "--out" in script("train.py", "--init", one / "stable.pt").stderr
-    five = tmp_path / "five"                                    # deeper than its constant phase, resumed
+    # deeper than its constant phase, resumed
     command = ["--init", one / "stable.pt", "--loop", "1-2x3-2", "--out", five, "--resume"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "finish", lambda *_: sys.exit(3))
