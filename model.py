@@ -143,6 +143,20 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Loss(nn.Module):
+    """Mean cross-entropy in nats, in float32; a target of -1 is ignored. A module, so that it is compiled as
+    a layer is: logits of a large vocabulary are the largest tensor there is, then read and written less."""
+
+    def forward(self, logits, targets):
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def as_trained(module):
+    """Only training runs compiled code (module.compile()): evaluation, without gradients, has other shapes at
+    every call, each compiled anew. Layers share code: growth and paths recompile none."""
+    return module if torch.is_grad_enabled() else module.forward
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -151,6 +165,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = Loss()
         if config.tied:
             self.head.weight = self.embed.weight
         # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never
@@ -222,10 +237,7 @@ class GPT(nn.Module):
         places = self.places(tokens, seen)
         x = self.embed(tokens[:, seen:])
         for visit, index in enumerate(path):
-            # Only training runs compiled code (layer.compile()): evaluation, without gradients, has other
-            # shapes at every call, each compiled anew. Layers share code: growth and paths recompile none.
-            layer = self.layers[index] if torch.is_grad_enabled() else self.layers[index].forward
-            x = layer(x, places, None if cache is None else cache[visit])
+            x = as_trained(self.layers[index])(x, places, None if cache is None else cache[visit])
         return self.norm(x)
 
     def forward(self, tokens, targets=None, path=None):
@@ -240,7 +252,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, -1:]), None
         logits = self.head(x)
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, as_trained(self.loss)(logits, targets)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None,

@@ -18,7 +18,7 @@ from grow import default_device, peak_flops, training_flops  # noqa: E402
 from loop import loop_path  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from signatures import all_signatures  # noqa: E402
-from train import batch_of  # noqa: E402
+from train import batch_of, prepare  # noqa: E402
 
 SHAPES = {
     "small": dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344, context=128),
@@ -43,10 +43,7 @@ def seconds(device, repeats, *functions, warmup=2):
 def training_step(config, batch, device, compiled, fused):
     torch.manual_seed(0)
     model = GPT(config).to(device)
-    for layer in model.layers:
-        if compiled == "layer":
-            layer.compile(dynamic=False)
-    run = torch.compile(model) if compiled == "model" else model
+    run = torch.compile(model) if compiled == "model" else prepare(model, compiled == "layer", False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     tokens = torch.randint(config.vocab_size, (batch, config.context), device=device)
 

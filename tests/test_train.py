@@ -277,8 +277,8 @@ def test_growth_and_paths_do_not_recompile():
     model, compiled = tiny_model(n_layer=2), []
     tokens = torch.randint(61, (2, 24))
     for _ in range(3):
-        for layer in model.layers:
-            layer.compile(dynamic=False, backend="aot_eager")
+        for module in [*model.layers, model.loss]:
+            module.compile(dynamic=False, backend="aot_eager")
         for path in (None, list(range(model.config.n_layer)) + [0, 1], [0, 0]):
             model(tokens, tokens, path)[1].backward()
             compiled.append(counters["stats"]["unique_graphs"])
