@@ -572,7 +572,7 @@ def main():
                         help="further paths: of 8 layers, 3,2,1 is the loop that train.py writes as 3-2x2-3")
     others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
     others.add_argument("--shots", type=at_least(0), nargs="+",
-                        help="in-context curve: numbers of worked examples")
+                        help="in-context curve: numbers of worked examples, those that fit the context")
     others.add_argument("--finetune", type=at_least(1), nargs="+",
                         help="fine-tuning curve: numbers of examples")
     others.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")

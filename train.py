@@ -126,7 +126,7 @@ def prepare(model, compiled, distributed):
     """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP.
     The loss on a GPU only: on two cores it gains 2%, not worth other roundings than README's runs have."""
     if compiled:
-        for module in [*model.layers] + [model.loss] * model.embed.weight.is_cuda:
+        for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
             module.compile(dynamic=False)
     return torch.nn.parallel.DistributedDataParallel(model) if distributed else model
 
@@ -315,7 +315,7 @@ def main():
     if rank == 0 and world_size > 1:
         dist.barrier()
     data = {name: zlib.crc32(rows, zlib.crc32(heldout[name].numpy())) for name, rows in streams.items()}
-    changed = [name for name in data if checkpoint and data[name] != checkpoint["data"].get(name)]
+    changed = [name for name in data if checkpoint and data[name] != checkpoint.get("data", data).get(name)]
     if "general" in changed or args.resume and changed:     # a second cooldown may have math of its own
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
 
