@@ -29,7 +29,9 @@ class Other(nn.Module):
 
 
 def test_snippets_grow_and_loop():
-    grow, loop = re.findall(r"```python\n(.*?)```", README, re.S)
+    idea, grow, loop = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(idea, names := {})
+    assert names["path"] == [0, 1, 2, 3, 2, 3, 4, 5] and len(names["deeper"].layers) == 8
     torch.manual_seed(0)
     x, grown, looped, plain = torch.randn(3, 8), Other(), Other(), Other()
     grown.load_state_dict(plain.state_dict())
