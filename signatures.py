@@ -258,7 +258,8 @@ def numbers(models, block):
                 add(f"periodicity of {curve}: autocorrelation by lag", column,
                     lambda c: periodicity(c[curve])[lag - 1].item(), models)
     for column in (name for name in models[0]["curves"] if name.endswith(("_layer", "_block"))):
-        add("change of the loss, mean over places", column, lambda c: c[column].mean().item(), models)
+        add(f"change of the loss, blocks of {block}, mean over places", column,
+            lambda c: c[column].mean().item(), models)
     for model in models:
         for name in dict.fromkeys(other["name"] for other in models):
             # another method is compared within the seed; the method itself with all its other seeds: the
