@@ -62,7 +62,7 @@ RANDOM_WORDS = ["".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in rang
 TRUTH = {person: {name: _rng.choice(values) for name, (_, _, values) in FACTS.items()} for person in PEOPLE}
 
 # -----------------------------------------------------------------------------
-# families: rng -> body, [(question, answer), ...]
+# families: random.Random, options -> body, [(question, answer), ...]
 
 def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni
@@ -342,7 +342,8 @@ def padded(examples):
 
 @torch.no_grad()
 def is_right(model, examples, path=None, batch=32):
-    """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer) tokens.
+    """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer): two lists of
+    ints, none of them empty.
 
     In one forward pass: an answer is right when each token of it is the arg-max given the true ones before.
     What follows is not looked at: with tokens of one digit each (SmolLM's), 14 counts where 1 is asked.

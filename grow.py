@@ -95,9 +95,9 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     say what happens to the moments; they follow the path here like the weights, so that the first step after
     growth is scaled as those before it. A layer's first visit takes its moments, further ones get copies, so
     that growth needs less memory than a step of the deeper model; the small model's optimizer is left empty.
-    Raises ValueError unless new_optimizer holds exactly the grown parameters.
+    Raises ValueError unless each optimizer holds exactly its model's parameters.
     """
-    check_optimizer(new_optimizer, grown)
+    check_optimizer(optimizer, model), check_optimizer(new_optimizer, grown)
     targets, taken = dict(grown.named_parameters()), set()
     for name, source in parameters_along(model, path).items():
         if source in optimizer.state:
@@ -140,8 +140,9 @@ def constant_steps(args):
 
 
 def learning_rate(args, step):
-    """Warm-up, constant, linear cooldown to zero (SmolLM's trapezoid)."""
-    left = (args.steps - step) / max(1, args.steps - constant_steps(args))
+    """Warm-up over args.warmup steps (1 or more), constant args.lr, then linearly to zero over the share
+    args.cooldown of args.steps (SmolLM's trapezoid)."""
+    left = max(0, args.steps - step) / max(1, args.steps - constant_steps(args))
     return args.lr * min(1.0, (step + 1) / args.warmup, left)
 
 
@@ -150,9 +151,11 @@ def stages(args):
 
     args.layers: visits at the end of the constant phase; args.depth: visits in the cooldown, which differ
     where --init adds a --loop. Stored layers are config.n_layer: fewer, where a path visits some twice.
+    Raises ValueError for layers that are no whole number of blocks, and as growth_steps does.
     """
     constant, first = constant_steps(args), [(0, args.layers)]
     if args.method in METHODS:
+        check_blocks(args.layers, args.block)
         steps = growth_steps(constant, args.layers // args.block, args.alpha)
         first = [(sum(steps[:i]), (i + 1) * args.block) for i in range(len(steps))]
     return first + [(constant, args.depth)]
@@ -239,6 +242,8 @@ def save_atomically(file, write):
 
 
 def save_checkpoint(file, checkpoint):
+    """checkpoint: of tensors, numbers, texts, lists, dicts; load_checkpoint refuses what else pickle can hold
+    (numpy's numbers, Path, range). Raises OSError where it cannot be written; the old file stays."""
     buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
     torch.save(checkpoint, buffer)
     save_atomically(file, lambda f: f.write(buffer.getbuffer()))

@@ -212,8 +212,9 @@ class GPT(nn.Module):
         -> cos, sin (time, head width / 2), and a mask (batch or 1, 1, time, seen + time) of the positions
         that can be seen, or None where that is every earlier one.
         """
-        T = tokens.shape[1]
-        mask = None
+        T, mask = tokens.shape[1], None
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if self.config.separator is not None or 0 < seen < T - 1:
             mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None]
         if self.config.separator is not None:
@@ -230,10 +231,8 @@ class GPT(nn.Module):
         """
         path = self.config.visits(path)
         seen = cache[0][0].shape[2] if cache and cache[0] else 0
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context}")
         if tokens.shape[1] <= seen:
-            raise ValueError("the model needs at least one token")
+            raise ValueError(f"no token is new: {seen} are in the cache, which are to be given again")
         places = self.places(tokens, seen)
         x = self.embed(tokens[:, seen:])
         for visit, index in enumerate(path):

@@ -22,7 +22,8 @@ from loop import parse_repeats
 from model import mean_loss
 
 # -----------------------------------------------------------------------------
-# running visit by visit
+# running visit by visit. A model of your own needs config.visits, config.separator, embed, places, norm, head
+# and layers with norm1, attn(x, places), norm2, mlp, added one after another as in Layer.forward; no dropout
 
 def run_visits(model, x, places, path):
     """The visits of a path on x (batch, time, n_embd) -> lists of h before each, a and m; the last stream."""
@@ -52,8 +53,8 @@ def contributions(model, tokens, path=None):
     """
     _, h, a, m, _ = trace(model, tokens, path)
     pairs = {"attention": (a, h), "mlp": (m, h + a), "update": (a + m, h)}
-    sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)) for name, (x, y) in pairs.items()}
-    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2))
+    sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)).cpu() for name, (x, y) in pairs.items()}
+    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2)).cpu()
                     for name, (x, y) in pairs.items()}
 
 
@@ -65,7 +66,7 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     |D_l - D'_l| / |D_l| of each later visit l; on the output |softmax - softmax'|_2. future=t: left out only
     at positions < t, read only at those >= t, where a change can have come through attention alone. reduce:
     "max" or "mean" over positions, then the mean over sequences. -> effects (depth, depth), zero where
-    l <= s; effect on the output (depth,).
+    l <= s; effect on the output (depth,). Raises ValueError for another reduce or future.
 
     Cost: nothing in front of a visit changes, so the run without visit s starts behind it: in all
     depth * (depth + 1) / 2 layer passes; running the model anew for each takes depth + depth * (depth - 1).
@@ -74,8 +75,8 @@ def skip_effects(model, tokens, path=None, future=None, reduce="max"):
     T = tokens.shape[1]
     if reduce not in ("max", "mean"):
         raise ValueError(f"reduce is max or mean over positions, not {reduce!r}")
-    if future is not None and not 1 < future < T:
-        raise ValueError(f"future is a position above 1 and below {T}, not {future}")
+    if T < 2 or future is not None and not 1 < future < T:
+        raise ValueError(f"future is a position above 1 and below the {T} tokens (2 or more), not {future}")
     keep = tokens == (-1 if model.config.separator is None else model.config.separator)
     keep[:, :1] = keep[:, future or T:] = True              # where visit s still adds its update
     keep = keep.unsqueeze(-1)
@@ -188,7 +189,7 @@ def periodicity(curve):
     B visits peaks at lag B. Each lag is a mean over its own number of pairs, so that long lags are not
     damped. A choice of this project, so that "recurring patterns" is a number."""
     x = detrended(curve.float())
-    variance = (x * x).mean()
+    variance = (x * x).mean().clamp(min=1e-12 * (curve * curve).mean())      # of a straight line: rounding
     return torch.stack([(x[:-lag] * x[lag:]).mean() / variance for lag in range(1, len(x) // 2 + 1)])
 
 

@@ -85,7 +85,8 @@ def permutation(n, *seed):
 
 
 def batch_of(streams, args, step, rank=0, world_size=1):
-    """Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of
+    """streams: {"general": rows, "math": rows}, of (n, context + 1); math only where there is a --math-share.
+    Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of
     (seed, step, rank), so that a resumed run sees the same rows. All ranks together make the batch of one.
 
     Each epoch of a stream permutes its rows anew. In the cooldown a row is math with chance --math-share.
@@ -254,10 +255,8 @@ def check(args):
             raise ValueError(f"--loop {args.loop} is {depth} visits deep, "
                              f"which contradicts --layers {args.layers}")
         args.layers = args.layers or depth      # with --init, that of the constant phase
-    elif args.method in METHODS:
-        METHODS[args.method](args.layers, args.block)       # the block must divide the layers
     args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
-    stages(args)                                            # and the stages need steps
+    stages(args)                                            # whole blocks, and steps for each stage
     args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
     if args.math_share is None:
         args.math_share = 0.0 if args.data and not args.math else 0.75

@@ -164,3 +164,11 @@ def test_growing_a_checkpoint_by_command(trained, tmp_path):
     assert deeper["growth"] == checkpoint["growth"] + [{"step": 30, "path": midas(6, 2)}]
     result = script("grow.py", trained / "ckpt.pt", "--out", trained / "ckpt.pt")
     assert result.returncode == 2 and "exists" in result.stderr     # it would lose the run's optimizer
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    """Growing in place left the old optimizer with layers that the model no longer had: moments were lost."""
+    model = tiny_model()
+    other, grown = torch.optim.AdamW(tiny_model().parameters()), grow(model, lidas(6, 2))
+    with pytest.raises(ValueError, match="exactly"):
+        grow_optimizer(other, torch.optim.AdamW(grown.parameters()), model, grown, lidas(6, 2))

@@ -1,4 +1,5 @@
 """The README's snippets do what it says, on a list of layers that is not ours."""
+import copy
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, script
+from conftest import ROOT, script, some_tokens
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
@@ -42,6 +43,23 @@ def test_snippets_grow_and_loop():
     assert torch.equal(grown(x), looped(x)) and not torch.equal(grown(x), plain(x))
     assert sum(p.numel() for p in looped.parameters()) == sum(p.numel() for p in plain.parameters())
     assert sum(p.numel() for p in grown.parameters()) == sum(p.numel() for p in plain.parameters()) * 10 // 6
+
+
+def test_snippets_on_a_model_of_transformers():
+    """It runs the first config.num_hidden_layers alone: without a new number, the top ones were left out."""
+    transformers = pytest.importorskip("transformers")
+    _, grow, loop = re.findall(r"```python\n(.*?)```", README, re.S)
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=40,
+                                      num_hidden_layers=6, num_attention_heads=4)
+    tokens, logits = some_tokens(), []
+    for snippet in ("", grow, loop.replace("start=2, block=2", "start=1, block=4")):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(copy.deepcopy(config)).eval()
+        exec(snippet, {"model": model.model})
+        model.config.num_hidden_layers = len(model.model.layers)
+        logits.append(model(tokens, use_cache=False).logits)
+    plain, grown, looped = logits
+    assert len(model.model.layers) == 10 and torch.equal(grown, looped) and not torch.equal(grown, plain)
 
 
 @pytest.mark.parametrize("command, printed", TABLES, ids=[command for command, _ in TABLES])
