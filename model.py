@@ -112,8 +112,9 @@ class Attention(nn.Module):
             if slot:
                 k, v = torch.cat((slot[0], k), dim=2), torch.cat((slot[1], v), dim=2)
             slot[:] = [k, v]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.n_head != self.n_kv_head)
+        if self.n_head != self.n_kv_head:       # not enable_gqa: with a mask, GPUs have a slow kernel only
+            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

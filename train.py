@@ -17,6 +17,7 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
 """
 import datetime
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -99,7 +100,7 @@ def batch_of(streams, args, step, rank=0, world_size=1):
         epoch, place = divmod(step * args.batch + i, len(stream))
         rows.append(stream[permutation(len(stream), args.seed, epoch)[place]])
     rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:].contiguous()
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()      # else they are copied before they travel
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
@@ -108,8 +109,7 @@ def make_optimizer(model, args):
     """AdamW, with decay on the matrices only: not on the gains of the norms."""
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    fused = not args.device.startswith("mps")
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
 def compiles(args):
@@ -129,7 +129,10 @@ def prepare(model, compiled, distributed):
     if compiled:
         for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
             module.compile(dynamic=False)
-    return torch.nn.parallel.DistributedDataParallel(model) if distributed else model
+    if distributed:
+        torch._dynamo.config.optimize_ddp = False       # it would cut each layer's graph in two
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return model
 
 
 def grow_by_one_block(model, optimizer, args):
@@ -147,8 +150,8 @@ SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
     "mps": {"layers": 8, "width": 128, "heads": 4, "context": 256, "batch": 8, "steps": 6000},
     "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
 }
-MAY_DIFFER = {"resume", "out", "device", "compile"}         # from the run that is resumed
-MAY_BRANCH = {"init", "loop", "math", "math_share", "lr", "seed"}       # also from the run of --init
+MAY_DIFFER = {"device", "compile"}                          # from the run that is resumed
+MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run of --init
 
 
 def read_args():
@@ -210,15 +213,16 @@ def read_args():
     elif not resume and os.path.exists(latest):
         raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
     if source := latest if resume else args.init:   # its arguments are the defaults; what is given must fit
-        model, checkpoint = load_checkpoint(source, args.device)
-        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in MAY_DIFFER}
+        model, checkpoint = load_checkpoint(source)
+        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in ("resume", "out")}
         if not saved or "optimizer" not in checkpoint:
             raise ValueError(f"{source} was not written by train.py")
         if args.math and not resume and not saved["math_share"]:
             saved["math_share"] = None                      # of a run that had no math
         parser.set_defaults(**saved)
         args = parser.parse_args()
-        changed = [k for k in saved if getattr(args, k) != saved[k] and (resume or k not in MAY_BRANCH)]
+        may_change = MAY_DIFFER if resume else MAY_BRANCH
+        changed = [k for k in saved if getattr(args, k) != saved[k] and k not in may_change]
         if changed:
             raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run "
                              "and cannot change")
@@ -284,7 +288,9 @@ def open_streams(args, encoding):
 def build(args, encoding):
     n_layer, path = parse_loop(args.loop) if args.loop else (stages(args)[0][1], None)
     torch.manual_seed(args.seed)
-    return GPT(GPTConfig(vocab_size=encoding.n_vocab, n_layer=n_layer, n_head=args.heads,
+    # a GPU's matrix products are fast for sizes that are multiples of 64
+    n_vocab = encoding.n_vocab if args.device == "cpu" else -(-encoding.n_vocab // 64) * 64
+    return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads,
                          n_kv_head=args.kv_heads, n_embd=args.width,
                          n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
                          init_depth=args.layers, separator=encoding.eot_token)).to(args.device)
@@ -292,10 +298,15 @@ def build(args, encoding):
 # -----------------------------------------------------------------------------
 
 def main():
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
-    args, model, checkpoint = read_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu, n_gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if 0 < gpu < n_gpu:
+        torch.cuda.set_device(gpu)          # what "cuda" means from here on
+    args, model, checkpoint = read_args()
+    if world_size > 1:
+        args.device = args.device.split(":")[0]
+    if args.device == "cuda" and gpu >= n_gpu:
+        raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own: there are {n_gpu}")
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
@@ -412,17 +423,20 @@ def main():
         del loss                        # its graph would hold the parameters that growth replaces
 
         done = step + 1
+        if step == start:
+            clock = time.time()         # the first step compiles: it is no part of the speed
         if done in growing:
             before = mean_loss(model, heldout["general"])
             model, optimizer, path = grow_by_one_block(model, optimizer, args)
             training = prepare(model, compiled, world_size > 1)
+            gc.collect()        # compiled layers refer to themselves: the small model's would stay for long
             after = mean_loss(model, heldout["general"])
             growth = growth + [{"step": done, "path": path}]
             log.append({"step": done, "growth": path, "loss before": before, "loss after": after})
             say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out "
                 f"general loss {before:.4f} before, {after:.4f} after")
         if rank == 0 and (done in reporting or signals):
-            report(done, float(loss_sum) / (done - since), time.time() - clock, done - since)
+            report(done, float(loss_sum) / (done - since), time.time() - clock, done - max(since, start + 1))
             if done == constant:        # first, since a run that has the other one does not come here again
                 save("stable.pt", done)
             save("ckpt.pt", done)

@@ -2,7 +2,7 @@
 Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
 
     python tests/bench.py                   # 8 layers x 128 wide x 128 context: about 2 minutes on two cores
-    python tests/bench.py --shape gpt2                          # GPT-2 small's shape, for a GPU
+    python tests/bench.py --shape gpt2 --batch 64               # GPT-2 small's shape, a GPU: 2 minutes
     python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: about 20 minutes
 """
 import argparse
@@ -34,14 +34,15 @@ def seconds(device, repeats, *functions, warmup=2):
         for function, taken in zip(functions, times):
             begun = time.perf_counter()
             function()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            if device != "cpu":
+                torch.accelerator.synchronize()
             taken.append(time.perf_counter() - begun)
     return [sorted(taken[warmup:])[repeats // 2] for taken in times]
 
 
-def training_step(config, batch, device, compiled, fused):
+def training_step(shape, batch, device, compiled, fused, separator=None):
     torch.manual_seed(0)
+    config = GPTConfig(**shape, separator=separator)
     model = GPT(config).to(device)
     run = torch.compile(model) if compiled == "model" else prepare(model, compiled == "layer", False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
@@ -63,22 +64,23 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--batch", type=int, default=16, help="rows in a training step (default: 16)")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls, of which the median is shown")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default=default_device())
     args = parser.parse_args()
     shape, batch, device = SHAPES[args.shape], args.batch, args.device
     config = GPTConfig(**shape)
-    print(f"{args.shape} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    device_name = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{args.shape} on {device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"batch {batch}")
 
-    print(f"\n{'training step':<34}{'tokens/s':>12}{'MFU':>8}")
+    print(f"\n{'training step':<36}{'tokens/s':>12}{'MFU':>8}")
     peak, variants = peak_flops(device), {
-        "eager, AdamW not fused (nanoGPT's)": (None, False), "eager": (None, True),
-        "layers compiled (train.py's)": ("layer", True), "model compiled": ("model", True)}
-    steps = [training_step(config, batch, device, *how) for how in variants.values()]
+        "eager, AdamW not fused": (None, False), "eager": (None, True), "layers compiled": ("layer", True),
+        "the same, with documents (train.py)": ("layer", True, 0), "model compiled": ("model", True)}
+    steps = [training_step(shape, batch, device, *how) for how in variants.values()]
     for name, step_time in zip(variants, seconds(device, args.repeats, *steps)):
         rate = batch * config.context / step_time
         mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
-        print(f"{name:<34}{rate:>12,.0f}{mfu:>8}", flush=True)
+        print(f"{name:<36}{rate:>12,.0f}{mfu:>8}", flush=True)
     stream = np.zeros((10_000, config.context + 1), dtype=np.uint16)
     run = argparse.Namespace(batch=batch, steps=10_000, cooldown=0.2, math_share=0.5, seed=0)
     time_taken, = seconds(device, 100, lambda: batch_of({"general": stream, "math": stream}, run, 9_000))
@@ -88,14 +90,14 @@ def main():
     config = GPTConfig(**{**shape, "context": max(512, config.context)})
     model = GPT(config).to(device)
     looped = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1)
-    print(f"\n{'generation to 512 tokens':<34}{'tokens/s':>12}{'last 16':>10}")
+    print(f"\n{'generation to 512 tokens':<36}{'tokens/s':>12}{'last 16':>10}")
     for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
                               ("looped, cached", looped, True), ("looped, not cached", looped, False)):
         def taken(prompt, new):
             prompt = torch.zeros(1, prompt, dtype=torch.long, device=device)
             return seconds(device, 1, lambda: model.generate(prompt, new, path, use_cache=cache), warmup=0)[0]
         taken(16, 4)
-        print(f"{name:<34}{496 / taken(16, 496):>12,.1f}{16 / (taken(496, 17) - taken(496, 1)):>10,.1f}",
+        print(f"{name:<36}{496 / taken(16, 496):>12,.1f}{16 / (taken(496, 17) - taken(496, 1)):>10,.1f}",
               flush=True)
 
     rows = torch.randint(config.vocab_size, (8, 129))

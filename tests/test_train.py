@@ -119,9 +119,10 @@ def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
     with monkeypatch.context() as patch:
         patch.setattr(train, "batch_of", crashing)
         with pytest.raises(RuntimeError):
-            script("train.py", *TINY_RUN, "--out", out)
+            script("train.py", *TINY_RUN, "--compile", "off", "--out", out)
     assert weights(out)["step"] == {5: 0, 11: 10, 27: 24}[crash]
     assert script("train.py", "--out", out, "--resume").returncode == 0
+    assert weights(out)["args"]["compile"] == "off"         # kept, as the device is
     assert same_weights(weights(out), weights(trained))
     timeless = [[{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
                  for line in open(folder / "log.jsonl")] for folder in (out, trained)]
