@@ -12,12 +12,16 @@ A *family* makes puzzles: a body and questions on it. A task asks one of them; t
 Each family's docstring begins with a puzzle, the answer behind `|`, which is no token. Those of MIDAS (arXiv
 2409.19044) are copying, assignment and preschool.
 """
+import contextlib
 import copy
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import signal
 import statistics
 import string
 import sys
@@ -296,15 +300,27 @@ def world_words():
     return sorted(piece for piece in words.union(numbers, letters) if len(piece) > 1)     # one is a byte
 
 
+def world_row(encoding, context, stream, heldout, seed, i):
+    rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
+    while len(row) <= context:
+        row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
+    return np.array(row[:context + 1], dtype=token_dtype(encoding))
+
+
+FOR_ONE_PROCESS = 10 ** 7       # tokens: some seconds; more are written by several processes
+
+
 def world_rows(encoding, context, n, stream, heldout, seed):
     """n rows (n, context + 1) of token ids: documents, end-of-text before each, the last one cut."""
-    rows = np.empty((n, context + 1), dtype=token_dtype(encoding))
-    for i in tqdm(range(n), desc=f"writing the {stream} stream", leave=False, mininterval=1, disable=None):
-        rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
-        while len(row) <= context:
-            row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
-        rows[i] = row[:context + 1]
-    return rows
+    row = functools.partial(world_row, encoding, context, stream, heldout, seed)
+    pool = contextlib.nullcontext()
+    if n * context > FOR_ONE_PROCESS:       # they ignore Ctrl-C, which ends this process, and so them
+        pool = multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), signal.signal,
+                                                         (signal.SIGINT, signal.SIG_IGN))
+    with pool as several:
+        rows = several.imap(row, range(n), chunksize=500) if several else map(row, range(n))
+        return np.stack([*tqdm(rows, f"writing the {stream} stream", n, leave=False, mininterval=1,
+                               disable=None)])
 
 # -----------------------------------------------------------------------------
 # scoring

@@ -356,7 +356,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Bad input, or a disk that refuses, ends in one line and exit code 2; the rest keeps its traceback."""
+    """Bad input, or a disk that refuses, ends in one line and exit code 2, Ctrl-C in none; the rest keeps its
+    traceback."""
     for stream in (sys.stdout, sys.stderr):     # a model can write what the terminal cannot show
         stream.reconfigure(errors="replace")
     try:
@@ -366,6 +367,8 @@ def run_script(main):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)           # as shells do
 
 # -----------------------------------------------------------------------------
 

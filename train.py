@@ -5,10 +5,10 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
     python train.py                                   # the built-in world, LIDAS growth: minutes on two cores
     python train.py --method baseline                 # full depth from the first step
     python train.py --method looped --loop 2-2x2-2    # trained with tied weights along a looped path
-    python train.py --resume                          # goes on after a crash, to bitwise the same weights
+    python train.py --resume                          # goes on after a crash as if there were none
     python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop  # a run's second cooldown
     python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine       # text of your own
-    torchrun --nproc_per_node=2 train.py              # more than one GPU
+    torchrun --nproc_per_node=2 train.py              # two GPUs
 
     LR  ___________________________
        /   |      |        |       |\\          |  a growth step: a block of layers is duplicated (grow.py)

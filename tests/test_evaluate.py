@@ -48,6 +48,12 @@ def encoding():
     return load_encoding(E.world_words())
 
 
+def test_rows_of_several_processes_are_those_of_one(encoding, monkeypatch):
+    alone = E.world_rows(encoding, 32, 5, "general", False, seed=0)
+    monkeypatch.setattr(E, "FOR_ONE_PROCESS", 0)
+    assert (E.world_rows(encoding, 32, 5, "general", False, seed=0) == alone).all() and len(alone) == 5
+
+
 class Scripted:
     """Stands in for random.Random: sample() gives what it is told, in order."""
     def __init__(self, *samples):
