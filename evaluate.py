@@ -12,16 +12,13 @@ A *family* makes puzzles: a body and questions on it. A task asks one of them; t
 Each family's docstring begins with a puzzle, the answer behind `|`, which is no token. Those of MIDAS (arXiv
 2409.19044) are copying, assignment and preschool.
 """
-import contextlib
 import copy
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
-import signal
 import statistics
 import string
 import sys
@@ -32,6 +29,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from grow import Parser, at_least, load_checkpoint, make_folder, run_script, token_dtype
@@ -300,27 +298,27 @@ def world_words():
     return sorted(piece for piece in words.union(numbers, letters) if len(piece) > 1)     # one is a byte
 
 
-def world_row(encoding, context, stream, heldout, seed, i):
-    rng, row = random.Random(f"{seed} {stream} {heldout} {i}"), []
-    while len(row) <= context:
-        row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
-    return np.array(row[:context + 1], dtype=token_dtype(encoding))
-
-
 FOR_ONE_PROCESS = 10 ** 7       # tokens: some seconds; more are written by several processes
 
 
 def world_rows(encoding, context, n, stream, heldout, seed):
     """n rows (n, context + 1) of token ids: documents, end-of-text before each, the last one cut."""
-    row = functools.partial(world_row, encoding, context, stream, heldout, seed)
-    pool = contextlib.nullcontext()
-    if n * context > FOR_ONE_PROCESS:       # they ignore Ctrl-C, which ends this process, and so them
-        pool = multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), signal.signal,
-                                                         (signal.SIGINT, signal.SIG_IGN))
-    with pool as several:
-        rows = several.imap(row, range(n), chunksize=500) if several else map(row, range(n))
-        return np.stack([*tqdm(rows, f"writing the {stream} stream", n, leave=False, mininterval=1,
-                               disable=None)])
+    some = functools.partial(some_rows, encoding, context, stream, heldout, seed)
+    several = min(16, torch.get_num_threads()) if n * context > FOR_ONE_PROCESS else 0
+    blocks = DataLoader(range(n), batch_size=256, collate_fn=some, num_workers=several)
+    return np.concatenate([block.numpy() for block in tqdm(
+        blocks, f"writing the {stream} stream", leave=False, mininterval=1, disable=None)])
+
+
+def some_rows(encoding, context, stream, heldout, seed, numbers):
+    """Rows of these numbers: each is a pure function of its own."""
+    rows = np.empty((len(numbers), context + 1), dtype=token_dtype(encoding))
+    for i, number in enumerate(numbers):
+        rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
+        while len(row) <= context:
+            row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
+        rows[i] = row[:context + 1]
+    return torch.from_numpy(rows)       # which processes share, so that none waits for another that has died
 
 # -----------------------------------------------------------------------------
 # scoring

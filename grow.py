@@ -363,7 +363,8 @@ def run_script(main):
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):     # as torch says: no memory
+        # how torch says that there is no memory, and that a process was killed, for the same reason mostly
+        if isinstance(error, RuntimeError) and not re.search("allocate|DataLoader worker", str(error)):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)

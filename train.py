@@ -194,7 +194,8 @@ def read_args():
                                            "(default: gpt2 for files)")
     # the run
     parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
-    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint, if it has one")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from --out's checkpoint, if it has one, with its arguments")
     parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
     parser.add_argument("--evals", type=at_least(1), default=20,
                         help="log lines and checkpoints (default: 20)")
@@ -406,7 +407,7 @@ def main():
     if rank == 0:
         for part in glob.glob(os.path.join(glob.escape(args.out), "*.[0-9]*.part")):
             os.remove(part)             # of a run that was killed while it wrote
-    loss_sum, since, clock = 0.0, start, time.time()
+    loss_sum, since, clock = 0.0, start, time.perf_counter()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,
                      unit="step"):
         for group in optimizer.param_groups:
@@ -424,7 +425,7 @@ def main():
 
         done = step + 1
         if step == start:
-            clock = time.time()         # the first step compiles: it is no part of the speed
+            clock = time.perf_counter()     # the first step compiles: it is no part of the speed
         if done in growing:
             before = mean_loss(model, heldout["general"])
             model, optimizer, path = grow_by_one_block(model, optimizer, args)
@@ -436,16 +437,19 @@ def main():
             say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out "
                 f"general loss {before:.4f} before, {after:.4f} after")
         if rank == 0 and (done in reporting or signals):
-            report(done, float(loss_sum) / (done - since), time.time() - clock, done - max(since, start + 1))
+            report(done, float(loss_sum) / (done - since), time.perf_counter() - clock,
+                   done - max(since, start + 1))
             if done == constant:        # first, since a run that has the other one does not come here again
                 save("stable.pt", done)
             save("ckpt.pt", done)
-            loss_sum, since, clock = 0.0, done, time.time()
+            loss_sum, since, clock = 0.0, done, time.perf_counter()
         if signals:
             say(f"stopped at step {done}; go on with the same command and --resume (--out {args.out})")
             sys.exit(128 + signals[0])
 
     # ---- the end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)       # all is saved
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
