@@ -188,7 +188,7 @@ def flops_until(args, config, step):
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12, "3090": 71e12,
-              "T4": 65e12}      # dense bf16 (T4: fp16), by the data sheets
+              "T4": 65e12}      # dense bf16 (T4: fp16), by the data sheets; the first name that fits counts
 
 
 def peak_flops(device):

@@ -127,12 +127,12 @@ def prepare(model, compiled, distributed):
     """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP.
     The loss on a GPU only: on two cores it gains 2%, not worth other roundings than README's runs have."""
     if compiled:
+        torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
         for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
             module.compile(dynamic=False)
-    if distributed:
-        torch._dynamo.config.optimize_ddp = False       # it would cut each layer's graph in two
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    return model
+    if not distributed:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def grow_by_one_block(model, optimizer, args):
@@ -304,14 +304,13 @@ def main():
     if 0 < gpu < n_gpu:
         torch.cuda.set_device(gpu)          # what "cuda" means from here on
     args, model, checkpoint = read_args()
-    if world_size > 1:
-        args.device = args.device.split(":")[0]
-    if args.device == "cuda" and gpu >= n_gpu:
-        raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own: there are {n_gpu}")
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+        args.device = args.device.split(":")[0]
+        if args.device == "cuda" and gpu >= n_gpu:
+            raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own: there are {n_gpu}")
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))     # the others wait for the encoding
     torch.set_float32_matmul_precision("high")
     say = tqdm.write if rank == 0 else lambda line: None
@@ -407,7 +406,7 @@ def main():
     if rank == 0:
         for part in glob.glob(os.path.join(glob.escape(args.out), "*.[0-9]*.part")):
             os.remove(part)             # of a run that was killed while it wrote
-    loss_sum, since, clock = 0.0, start, time.perf_counter()
+    loss_sum, since = 0.0, start
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,
                      unit="step"):
         for group in optimizer.param_groups:
@@ -425,7 +424,7 @@ def main():
 
         done = step + 1
         if step == start:
-            clock = time.perf_counter()     # the first step compiles: it is no part of the speed
+            clock = time.perf_counter()     # not before: the first step compiles, which is no part of speed
         if done in growing:
             before = mean_loss(model, heldout["general"])
             model, optimizer, path = grow_by_one_block(model, optimizer, args)
