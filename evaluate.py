@@ -1,19 +1,20 @@
 """
-Reasoning primitives and the paper's other tasks, on a small world that is also the built-in training text.
+Reasoning tasks, on a small world that is also the built-in training text.
 
-    python evaluate.py out/*/ckpt.pt                     # one table, mean +- std over seeds: a minute a model
-    python evaluate.py out/*/ckpt.pt --loop 3,2,1 3,2,2  # the same along looped paths: start,block,repeats
-    python evaluate.py out/*/ckpt.pt --sweep             # best block and repeats (claim 2): minutes a model
-    python evaluate.py out/*/ckpt.pt --tasks assign-1 --shots 0 1 2 3       # in-context curve (claim 3)
-    python evaluate.py out/*/ckpt.pt --tasks assign-1 --finetune 16 64 256  # fine-tuning curve (claim 3)
-    python evaluate.py out/gsm8k/ckpt.pt --questions test.jsonl  # a file of questions and answers
+    python evaluate.py out/*/ckpt.pt                                # one table, mean +- std over seeds: a minute a model
+    python evaluate.py out/*/ckpt.pt --tasks hops-3 --loop 3-2x1-3 3-2x2-3 3-2x3-3      # along loops (claims 2 and 4)
+    python evaluate.py out/*/ckpt.pt --tasks rule --shots 0 1 2 4 8 16      # in-context curve (claim 3)
+    python evaluate.py out/*/ckpt.pt --tasks hops-4 --finetune 16 64 256    # fine-tuning curve (claim 3)
+    python evaluate.py MODEL --questions test.jsonl --shots 2       # questions and answers of your own
+    python evaluate.py out/*/ckpt.pt --curves --plot growth.png     # the log of the runs: hops against training FLOPs
 
-A *family* makes puzzles: a body and questions on it. A task asks one of them; training text asks one or all.
-Each family's docstring begins with a puzzle, the answer behind `|`, which is no token. Those of MIDAS (arXiv
-2409.19044) are copying, assignment and preschool.
+A *family* makes puzzles: a body and questions on it. Training text asks all of them, a task asks one. Each family's
+docstring begins with a puzzle, the answer after `|`, which is not a token. Copying, assignment and preschool are the
+reasoning primitives of MIDAS (arXiv 2409.19044), in their published formats, which training text never has.
 """
+import argparse
 import copy
-import functools
+import gzip
 import itertools
 import json
 import os
@@ -21,127 +22,182 @@ import random
 import re
 import statistics
 import string
-import sys
 import zlib
-from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from grow import Parser, at_least, load_checkpoint, make_folder, run_script, token_dtype
-from loop import PIECES, ask, continue_text, json_lines, load_encoding, parse_repeats
-from model import loop_path, mean_loss
+from loop import add_path_options, paired, paths_of, score_targets
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
+                   read_options, run_script, save_atomically)
 
 # -----------------------------------------------------------------------------
-# the world: who and what there is, and facts about the people that never change
+# what there is
 
+NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]        # of variables: hops-6 needs 35
+NUMBERS = [str(n) for n in range(40)]
 PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan
 Jack Jane Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn
 Rosa Rudi Sam Sara Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
-PLACES = """attic barn beach bridge castle cave cellar forest garden hall harbor kitchen market office park
-tower""".split()
-THINGS = """apple ball basket bell book bottle candle card coin cup drum feather fork hammer hat key ladder
-lamp map mirror pear pen pillow plate ring rope shoe spoon stone ticket whistle wheel""".split()
-FACTS = {   # attribute: statements, question, values
-    "town": (("{} lives in {}.", "{} has a house in {}.", "The home of {} is {}."), "Where does {} live?",
-             "Arden Belmont Colby Dover Eaton Fairview Granby Hilton Kendal Milton Norwood Weston".split()),
-    "work": (("{} works as a {}.", "{} earns money as a {}.", "The work of {} is that of a {}."),
-             "What is the work of {}?",
-             "baker butcher doctor farmer gardener judge lawyer painter pilot sailor teacher weaver".split()),
-    "pet": (("{} keeps a {}.", "{} owns a {}.", "The pet of {} is a {}."), "Which animal does {} keep?",
-            "cat cow dog donkey duck goat goose horse parrot rabbit sheep turtle".split()),
-    "food": (("{} likes to eat {}.", "{} always orders {}.", "The best food for {} is {}."),
-             "What does {} like to eat?",
-             "bread cake cheese fish honey noodles pasta porridge rice salad soup toast".split()),
-}
-WORDS = THINGS + PLACES
+CLASSES = {kind: words.split() for kind, words in {
+    "place": "attic barn beach bridge castle cave forest garden harbor market park tower",
+    "thing": "ball basket book bottle candle cup drum hammer key lamp ring spoon",
+    "town": "Arden Belmont Colby Dover Eaton Fairview Granby Hilton Kendal Milton Norwood Weston",
+    "work": "baker butcher doctor farmer gardener judge lawyer painter pilot sailor teacher weaver",
+    "pet": "cat cow dog donkey duck goat goose horse parrot rabbit sheep turtle",
+    "food": "bread cake cheese fish honey noodles pasta porridge rice salad soup toast"}.items()}
+PLACES, THINGS = CLASSES["place"], CLASSES["thing"]
+FACTS = {   # kind of the value: two statements, a question
+    "town": ("{} lives in {} .", "The home of {} is {} .", "Where does {} live ?"),
+    "work": ("{} works as a {} .", "The work of {} is {} .", "What is the work of {} ?"),
+    "pet": ("{} keeps a {} .", "The pet of {} is a {} .", "Which animal does {} keep ?"),
+    "food": ("{} likes to eat {} .", "{} always orders {} .", "What does {} like to eat ?")}
 _rng = random.Random("the world")
-RANDOM_WORDS = ["".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(50)]      # each one token
-TRUTH = {person: {name: _rng.choice(values) for name, (_, _, values) in FACTS.items()} for person in PEOPLE}
+LABELS = sorted({"".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(24)})    # random words
+TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}
+REAL = [word for words in CLASSES.values() for word in words]
+# the words of the published formats: training text has them in random order only
+FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
+value Answer very short Python program Use the to resolve variable question Program Question""".split()
 
 # -----------------------------------------------------------------------------
 # families: random.Random, options -> body, [(question, answer), ...]
 
-def copying(rng, words):
-    """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni
+def lookups(rng, hops=1):
+    """o= 14 / s= 4 / k= o / k=| 14 / o| 14     each name is asked three times, a quarter of the time bare
 
-    Ten words, a piece of five of them repeated; asked is the word that followed.
+    Half of the documents are plain; in the others further names are assigned to earlier ones.
     """
+    plain = rng.random() < 0.5
+    n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
+    names = rng.sample(NAMES, n + further)
+    value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
+    depth, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
+    for name in names[n:]:
+        source = rng.choice([other for other in depth if depth[other] < hops])
+        value[name], depth[name] = value[source], depth[source] + 1
+        body.append(f"{name}={source}")
+    asked = [name for _ in range(3) for name in rng.sample(names, len(names))]
+    return ("\n".join(body) + "\n",
+            [(name, f" {value[name]}") if rng.random() < 0.25 else (f"{name}=", value[name]) for name in asked])
+
+
+def lists(rng):
+    """cup 7 zor k key / 7 zor k| key      pieces of a list of any words, said again"""
+    words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
+    for _ in range(3):
+        start = rng.randrange(len(words) - 2)
+        piece = words[start:start + rng.randint(3, 6)]
+        pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
+    return " ".join(words) + "\n", pieces
+
+
+def rule(rng, lines=16):
+    """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
+    kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)
+    words = rng.sample([(word, f" {label}") for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
+    return " ".join(rng.sample(labels, 4)) + "\n", words
+
+
+def open_book(rng):
+    """Ben took the lamp to the cave . Mia took the key to the park . / Where is the lamp ?| cave"""
+    people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)
+    body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
+            for who, thing, place in zip(people, things, places)]
+    return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for names in (people, [f"the {x}" for x in things])
+                                    for what, place in zip(names, places)]
+
+
+def portrait(rng):
+    """Mia lives in Dover . The pet of Mia is a goat .     facts about a person, which never change"""
+    person = rng.choice(PEOPLE)
+    facts = [rng.choice(FACTS[kind][:2]).format(person, TRUTH[person][kind]) for kind in FACTS]
+    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]
+
+
+def closed_book(rng):
+    """Where does Mia live ?| Dover"""
+    person = rng.choice(PEOPLE)
+    return "", [(FACTS[kind][2].format(person), f" {TRUTH[person][kind]}") for kind in FACTS]
+
+
+def arithmetic(rng):
+    """7 + 5 =| 12"""
+    x, y = rng.randint(0, 19), rng.randint(0, 19)
+    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]
+
+
+def sums(rng):
+    """k= 1 / j= 8 / k + j =| 9 / j - k =| 7     arithmetic on variables"""
+    a, b = rng.sample(NAMES, 2)
+    x, y = rng.randint(1, 9), rng.randint(1, 9)
+    return (f"{a}={x}\n{b}={y}\n",
+            [(f"{a} + {b} = {x} + {y} =", f" {x + y}"), (f"{b} - {a} =", f" {y - x}"),
+             (f"- {a} + {b} = - {x} + {y} =", f" {y - x}"), (f"- {a} - {b} =", f" {-x - y}"),
+             (f"{a} - {b} = {x} - {y} =", f" {x - y}"), (f"{a} + {b} =", f" {x + y}")])
+
+
+def word_problem(rng):
+    """Anna has 3 keys . Ben has 5 keys . Anna finds 4 more . / How many does Anna have ?| 7"""
+    people = rng.sample(PEOPLE, 2)
+    count, who, n = [rng.randint(1, 9), rng.randint(1, 9)], rng.randrange(2), rng.randint(1, 9)
+    word = rng.choice(THINGS)
+    body = " ".join(f"{person} has {c} {word} ." for person, c in zip(people, count))
+    if n < count[who] and rng.random() < 0.5:
+        body, count[who] = f"{body} {people[who]} loses {n} .", count[who] - n
+    else:
+        body, count[who] = f"{body} {people[who]} finds {n} more .", count[who] + n
+    return body + "\n", [(f"How many does {people[who]} have ?", f" {count[who]}"),
+                         ("How many do they have together ?", f" {sum(count)}")]
+
+# -----------------------------------------------------------------------------
+# families of tasks only
+
+def chains(rng, hops, chains=5):
+    """o= 14 / s= 4 / k= s / b= o / k=| 4     five chains side by side, each level a permutation of the last"""
+    names = rng.sample(NAMES, chains * (hops + 1))
+    level = dict(zip(names[:chains], rng.sample(NUMBERS, chains)))
+    body = [f"{name}={number}" for name, number in level.items()]
+    for i in range(chains, len(names), chains):
+        source = dict(zip(names[i:i + chains], rng.sample(list(level), chains)))
+        body += [f"{name}={other}" for name, other in source.items()]
+        level = {name: level[other] for name, other in source.items()}
+    return "\n".join(body) + "\n", [(f"{name}=", number) for name, number in level.items()]
+
+
+def copying(rng, words):
+    """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
     words = rng.sample(words, 10)
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
 
-WORDINGS = {    # the same puzzle in three wordings: header, assignment, question, what precedes the answer
-    "basic": ("Fill in blank:\n\n", "{}={}\n", "{}=___. ->", ""),
-    "math": ("The following is a set of simple mathematical equations.\n\n", "{} = {}\n",
+WORDINGS = {    # the same puzzle in three wordings: header, question, what precedes the answer
+    "basic": ("Fill in blank:\n\n", "{}=___. ->", ""),
+    "math": ("The following is a set of simple mathematical equations.\n\n",
              "\nWhat is the numerical value of {}?\nAnswer:", " "),
     "code": ("The following is a very short Python program. Use the program to resolve the value of the "
-             "variable in the question.\n\nProgram:\n", "{} = {}\n",
-             "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " "),
-}
+             "variable in the question.\n\nProgram:\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " ")}
 
 
 def assignment(rng, depth=0, wording="basic"):
-    """Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
-
-    Five variables get five different values; each further level of depth assigns five new variables to
-    variables of the level before (k=o). Asked are the last level's, so the answer is one of five values.
-    """
-    header, line, question, before = WORDINGS[wording]
+    """Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10     each level of depth: five more names"""
+    header, question, space = WORDINGS[wording]
     names = rng.sample(string.ascii_lowercase, 5 * (depth + 1))
-    level = dict(zip(names[:5], rng.sample(range(1, 26), 5)))
-    lines = [line.format(*item) for item in level.items()]
-    for d in range(1, depth + 1):
-        sources = {name: rng.choice(list(level)) for name in names[5 * d:5 * d + 5]}
-        lines += [line.format(*item) for item in sources.items()]
-        level = {name: level[source] for name, source in sources.items()}
-    return header + "".join(lines), [(question.format(name), f"{before}{n}") for name, n in level.items()]
-
-
-def repeated(rng, words):
-    """List: cup ring map key\nAgain:| ring map key     (training text only: how the world teaches to copy)"""
-    words, pieces = rng.sample(words, rng.randint(4, 12)), []
-    for _ in range(4):
-        start = rng.randrange(len(words) - 2)
-        pieces.append(("Again:", " " + " ".join(words[start:start + rng.randint(3, 8)])))
-    return "List: " + " ".join(words) + "\n", pieces
-
-
-def known(rng):
-    """o=14\ns=4\ns=|4\no=|14     (training text only: assignments said again, in any order)"""
-    n = rng.randint(2, 6)
-    values = dict(zip(rng.sample(string.ascii_lowercase, n), rng.sample(range(1, 26), n)))
-    questions = [(f"{name}=", f"{value}") for name, value in values.items()]
-    return ("".join(f"{name}={value}\n" for name, value in values.items()),
-            [question for _ in range(3) for question in rng.sample(questions, n)])
-
-
-def chained(rng):
-    """o=14\ns=4\nk=o\nb=o\no| 14\nk=|14     (training text only: the two steps of a depth-1 assignment)
-
-    `o` and `o=` are two tokens: who knows `o=14` need not know `o`. What a bare variable stands for was the
-    step that was missing: without it, depth 1 was learned in the cooldown by some seeds only.
-    """
-    n = rng.randint(1, 4)
-    names = rng.sample(string.ascii_lowercase, 2 * n)
-    values = dict(zip(names[:n], rng.sample(range(1, 26), n)))
-    sources = {name: rng.choice(names[:n]) for name in names[n:]}
-    questions = [(name, f" {value}") for name, value in values.items()]
-    questions += [(f"{name}=", f"{values[source]}") for name, source in sources.items()]
-    return ("".join(f"{name}={value}\n" for name, value in (values | sources).items()),
-            [question for _ in range(2) for question in rng.sample(questions, 2 * n)])
+    level = dict(zip(names[:5], rng.sample(NUMBERS[1:26], 5)))
+    body = [f"{name}={number}\n" for name, number in level.items()]
+    for i in range(5, len(names), 5):
+        source = {name: rng.choice(list(level)) for name in names[i:i + 5]}
+        body += [f"{name}={other}\n" for name, other in source.items()]
+        level = {name: level[other] for name, other in source.items()}
+    return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
 
 
 def preschool(rng, calculation=True):
-    """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7
-
-    With calculation as here, or with the bare result (7) as the answer.
-    """
+    """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7"""
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))
@@ -149,76 +205,45 @@ def preschool(rng, calculation=True):
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
 
+# -----------------------------------------------------------------------------
+# words: one token each, whatever stands around them; a name that is assigned is another token than its value
 
-def arithmetic(rng):
-    """7+5=|12      (training text only: the facts that the word problems need)"""
-    x, y, z = rng.randint(0, 20), rng.randint(0, 20), rng.randint(1, 9)
-    return "", [(f"{x}+{y}=", f"{x + y}"), (f"{x + y}-{y}=", f"{x}"), (f"{x}+{y}+{z}=", f"{x + y + z}")]
-
-
-def word_problem(rng):
-    """Anna has 3 coins. Ben has 5 coins. Anna finds 4 more coins.
-    Question: How many coins does Anna have?\nAnswer:| 7"""
-    people, thing = rng.sample(PEOPLE, 2), rng.choice(THINGS) + "s"
-    count = {person: rng.randint(1, 9) for person in people}
-    body = "".join(f"{person} has {n} {thing}. " for person, n in count.items())
-    for _ in range(rng.randint(1, 2)):
-        person, n = rng.choice(people), rng.randint(1, 5)
-        if n < count[person] and rng.random() < 0.5:
-            body, count[person] = body + f"{person} loses {n} {thing}. ", count[person] - n
-        else:
-            body, count[person] = body + f"{person} finds {n} more {thing}. ", count[person] + n
-    questions = [(ask(f"How many {thing} does {person} have?"), f" {n}") for person, n in count.items()]
-    questions.append((ask(f"How many {thing} do they have together?"), f" {sum(count.values())}"))
-    return body[:-1] + "\n", questions
+PIECES = r"\b[A-Za-z] ?=|___|->|\n|[A-Za-z]+|\d+|[^\w\s]"
 
 
-def passage(rng, n_sentences):
-    """A piece of a story -> text, where each thing and each person ended up."""
-    people, things, places = rng.sample(PEOPLE, 3), rng.sample(THINGS, 3), rng.sample(PLACES, 5)
-    sentences, where = [], {}
-    for _ in range(n_sentences):
-        person, thing, place = rng.choice(people), rng.choice(things), rng.choice(places)
-        if rng.random() < 0.7:
-            sentences.append(rng.choice(("{} took the {} to the {}.", "{} carried the {} to the {}.")
-                                        ).format(person, thing, place))
-            where[f"the {thing}"] = place
-        else:
-            sentences.append(rng.choice(("{} went to the {}.", "{} walked to the {}.")).format(person, place))
-        where[person] = place
-    return " ".join(sentences), where
+def world_words():
+    """All pieces of the world's text and tasks."""
+    rng, pieces = random.Random(0), {*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS, *PEOPLE, *REAL,
+                                     *LABELS, *FORMAT, "\n"}
+    for family in (open_book, word_problem, arithmetic, sums, portrait, closed_book):
+        for _ in range(100):
+            body, questions = family(rng)
+            pieces.update(re.findall(PIECES, body + " ".join(f"{q} {a}" for q, a in questions)))
+    return sorted(pieces)
 
 
-def open_book(rng):
-    """Ben took the lamp to the cave. Mia went to the park.\nQuestion: Where is the lamp?\nAnswer:| cave"""
-    text, where = passage(rng, rng.randint(3, 5))
-    return text + "\n", [(ask(f"Where is {who}?"), f" {place}") for who, place in where.items()]
-
-
-def closed_book(rng):
-    """Question: Where does Mia live?\nAnswer:| Dover     (a fact, stated in training text only)"""
-    person = rng.choice(PEOPLE)
-    return "", [(ask(question.format(person)), f" {TRUTH[person][name]}")
-                for name, (_, question, _) in FACTS.items()]
-
-
-def story(rng):
-    """Text without a question: what happened, and some facts about the people of the world."""
-    return passage(rng, rng.randint(2, 4))[0] + "\n" + portrait(rng)[0], [("", "")]
-
-
-def portrait(rng):
-    person = rng.choice(PEOPLE)
-    facts = [rng.choice(says).format(person, TRUTH[person][name]) for name, (says, _, _) in FACTS.items()]
-    rng.shuffle(facts)
-    return " ".join(facts), [("", "")]
+WORDS = world_words()
+SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 
 # -----------------------------------------------------------------------------
-# held-out instances, tasks, and the training text
+# training text and tasks
+
+STREAMS = {     # weights of the documents
+    "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
+    "math": {lookups: 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
+TASKS = {   # name: family, options, accuracy of a guess that knows what is asked, but not the answer
+    **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
+    "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
+    **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
+       (assignment, {"depth": depth, "wording": wording}, 1 / 5) for depth in (0, 1, 2) for wording in WORDINGS},
+    "preschool": (preschool, {"calculation": False}, 1 / 17),
+    "preschool-calc": (preschool, {}, 1 / 17),
+    "rule": (rule, {}, 1 / 4), "closed-book": (closed_book, {}, 1 / 12), "open-book": (open_book, {}, 1 / 4),
+    "word-problem": (word_problem, {}, 1 / 10)}
+
 
 def is_heldout(instance):
-    """One in eight bodies (questions, where there is no body) is never in training text. By its checksum, so
-    that training and evaluation agree without sharing anything."""
+    """One in eight bodies (questions, where there is no body) is never in training text: by checksum."""
     return zlib.crc32(instance.encode()) % 8 == 0
 
 
@@ -230,125 +255,198 @@ def puzzle(family, options, rng, heldout):
             return body, questions
 
 
-def example(task, rng, heldout=True):
-    """One question of a task -> prompt, answer. A held-out one, unless it is to be a shot of a prompt."""
+def document(rng, stream, heldout=False):
+    """One document: a puzzle with all its questions. One time in ten it is dressed: random words of FORMAT
+    stand before it and around its questions, the same in two to four puzzles of a family in a row."""
+    family, = rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))
+    options = {"hops": 3} if family is lookups and stream == "math" else {}
+    if family is portrait or rng.random() < 9 / 10:
+        body, questions = puzzle(family, options, rng, heldout)
+        return body + "".join(f"{q}{a}\n" for q, a in questions)
+    header, before, after = (" ".join(rng.choices(FORMAT + ["\n"], k=rng.randint(0, most))) for most in (8, 4, 4))
+    text = ""
+    for _ in range(rng.randint(2, 4)):
+        body, questions = puzzle(family, options, rng, heldout)
+        questions = rng.sample(questions, min(len(questions), 3))
+        text += f"{header}\n{body}" + "".join(f"{before} {q} {after} {a.strip()}\n" for q, a in questions) + "\n"
+    return text
+
+
+def example(task, rng, shots=0, heldout=True):
+    """-> prompt, answer, with worked examples before it: never held out, an empty line after each; of a rule, other lines
+    of the same one."""
     family, options, _ = TASKS[task]
+    if family is rule:
+        body, [*before, (question, answer)] = puzzle(rule, {"lines": shots + 1}, rng, heldout)
+        return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
     body, questions = puzzle(family, options, rng, heldout)
     question, answer = rng.choice(questions)
-    return body + question, answer
-
-
-TASKS = {   # name: family, its options, accuracy of a guess that knows what is asked, but not the answer
-    "copy-random": (copying, {"words": RANDOM_WORDS}, 1 / 10),
-    "copy-real": (copying, {"words": WORDS}, 1 / 10),
-    **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       (assignment, {"depth": depth, "wording": wording}, 1 / 5)
-       for depth in (0, 1, 2) for wording in WORDINGS},
-    "preschool": (preschool, {"calculation": False}, 1 / 17),
-    "preschool-calc": (preschool, {"calculation": True}, 1 / 17),
-    "closed-book": (closed_book, {}, 1 / 12),
-    "open-book": (open_book, {}, 0.37),         # among the two to four places of the passage
-    "word-problem": (word_problem, {}, 0.09),   # always the most frequent number
-}
-TEXT = {"story": (story, {}, None), "portrait": (portrait, {}, None), "arithmetic": (arithmetic, {}, None),
-        "list-real": (repeated, {"words": WORDS}, None),
-        "list-random": (repeated, {"words": RANDOM_WORDS}, None), "known": (known, {}, None),
-        "chained": (chained, {}, None), **TASKS}
-TASKS_AT_THE_END = ["copy-random", "copy-real", "assign-0", "assign-1", "open-book", "word-problem"]
-
-# The two streams: weights of the documents. Most of the general one is repeats, in which most tokens can
-# be worked out: at half that share, looking things up was learned late or never. Assignments in two steps
-# wait for the math of the cooldown: with a sixth of the general stream of their kind, even one step was at
-# chance after 4,200 of 6,000 steps; a model that looks things up learns two steps within the cooldown.
-STREAMS = {
-    "general": {"story": 1, "portrait": 3, "closed-book": 3, "open-book": 2, "list-real": 5,
-                "list-random": 5, "copy-real": 7, "copy-random": 7, "known": 30, "assign-0": 12,
-                "assign-1": 2, "word-problem": 1},
-    "math": {**{task: 2 for task in TASKS if task.startswith("assign")}, "chained": 40, "assign-1": 30,
-             "assign-2": 4, "preschool": 3, "preschool-calc": 3, "word-problem": 4, "arithmetic": 2,
-             "open-book": 1},
-}
-
-
-def document(rng, stream, heldout):
-    """One document: a puzzle with all its questions, so that much of the text can be worked out from what
-    stands before it, or, one time in ten, some puzzles of a family with a question each, as in a prompt with
-    shots. More of these, and copying is learned much later: other puzzles around look alike."""
-    family, options, _ = TEXT[rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))[0]]
-    n = rng.choice((2, 3, 4)) if rng.random() < 0.1 else 1
-    text = ""
-    for _ in range(n):
-        body, questions = puzzle(family, options, rng, heldout)
-        questions = rng.sample(questions, len(questions) if n == 1 else 1)
-        text += body + "".join(f"{question}{answer}\n" for question, answer in questions) + "\n"
-    return text[:-1]
-
-
-def world_words():
-    """The words of the built-in encoding: all pieces that occur in several puzzles of the world."""
-    counts, rng = Counter(), random.Random(99)
-    for family, options, _ in TEXT.values():
-        for _ in range(250):
-            body, questions = family(rng, **options)
-            text = body + "".join(f"{question}{answer}\n" for question, answer in questions)
-            counts.update(set(re.findall(PIECES, text)))
-    numbers = [space + str(n) for space in ("", " ") for n in range(100)]
-    letters = [" " + letter for letter in string.ascii_lowercase]
-    words = {piece for piece, n in counts.items() if n >= 4}
-    return sorted(piece for piece in words.union(numbers, letters) if len(piece) > 1)     # one is a byte
-
-
-FOR_ONE_PROCESS = 10 ** 7       # tokens: some seconds; more are written by several processes
-
-
-def world_rows(encoding, context, n, stream, heldout, seed):
-    """n rows (n, context + 1) of token ids: documents, end-of-text before each, the last one cut."""
-    some = functools.partial(some_rows, encoding, context, stream, heldout, seed)
-    several = min(16, torch.get_num_threads()) if n * context > FOR_ONE_PROCESS else 0
-    blocks = DataLoader(range(n), batch_size=256, collate_fn=some, num_workers=several)
-    return np.concatenate([block.numpy() for block in tqdm(
-        blocks, f"writing the {stream} stream", leave=False, mininterval=1, disable=None)])
-
-
-def some_rows(encoding, context, stream, heldout, seed, numbers):
-    """Rows of these numbers: each is a pure function of its own."""
-    rows = np.empty((len(numbers), context + 1), dtype=token_dtype(encoding))
-    for i, number in enumerate(numbers):
-        rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
-        while len(row) <= context:
-            row += [encoding.eot_token] + encoding.encode_ordinary(document(rng, stream, heldout))
-        rows[i] = row[:context + 1]
-    return torch.from_numpy(rows)       # which processes share, so that none waits for another that has died
-
-# -----------------------------------------------------------------------------
-# scoring
-
-def prompt_with_shots(task, rng, shots):
-    """-> prompt, answer: worked examples, never held out, empty lines between, and a held-out question."""
-    prompt, answer = example(task, rng)
     rng = random.Random(rng.random())       # of its own: the questions are the same at every number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
-    return before + prompt, answer
+    return before + body + question, answer
 
 
-def encode_example(encoding, prompt, answer):
-    """-> tokens of the prompt, which begins a document, and of the answer."""
-    return [encoding.eot_token] + encoding.encode_ordinary(prompt), encoding.encode_ordinary(answer)
+HOPS = [f"hops-{hops}" for hops in range(5)]
+TASKS_AT_THE_END = ["hops-0", "hops-1", "hops-2", "hops-3", "rule", "closed-book", "open-book", "word-problem"]
+# worked examples before a question: five in the published formats, as published; else none
+SHOTS = {**{task: 5 for task in TASKS if task.startswith(("copy", "assign", "preschool"))}, "rule": 12}
 
 
-def encode_examples(task, encoding, context, n, shots=5, seed=0):
-    """n examples of a task -> [(prompt tokens, answer tokens), ...], shots: as many as the longest fits."""
+def ask(question):
+    return f"Question: {question}\nAnswer:"
+
+
+def world_spec():
+    """The tokenizer of the world, for get_tokenizer."""
+    return {"words": ["<|endoftext|>", *WORDS], "pattern": PIECES}
+
+
+def world_row(tokenizer, context, stream, heldout, seed, number):
+    """Row `number` of a stream: (context + 1) token ids, a pure function of the arguments."""
+    rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
+    while len(row) <= context:
+        row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
+    return np.array(row[:context + 1])
+
+
+def check_context(tokenizer, context):
+    """Raises ValueError where what a run asks of itself does not fit its context."""
+    for task in (*HOPS, *TASKS_AT_THE_END):
+        encode_examples(task, tokenizer, context, 64)
+
+
+def hops(model, tokenizer, n=64):
+    """Accuracy by hops, as the log of a run shows it -> {task: accuracy}"""
+    return {task: accuracy(model, tokenizer, task, n)["value"] for task in HOPS}
+
+# -----------------------------------------------------------------------------
+# files of text and of questions
+
+def read_jsonl(file):
+    """The objects in the lines of a .jsonl or .jsonl.gz file; blank lines and a byte order mark are skipped.
+    Raises ValueError naming the line that is not an object."""
+    number = 0
+    with (gzip.open if file.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
+        try:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    item = json.loads(line)
+                    if not isinstance(item, dict):
+                        raise ValueError("not an object")
+                    yield item
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8, and half a gzip file
+            raise ValueError(f"{file}, line {number or 1}: {error}")
+
+
+def is_number(value):
+    return isinstance(value, (int, float))
+
+
+def is_text(value):
+    return is_number(value) or isinstance(value, str) and value.strip() != ""
+
+
+def check_text_file(file):
+    """Raises ValueError for a file that does not exist, or whose ending is not one that is read."""
+    if not os.path.isfile(file):
+        raise ValueError(f"there is no file {file}")
+    if not file.lower().endswith((".txt", ".md", ".jsonl", ".jsonl.gz", ".bin")):
+        raise ValueError(f"{file}: expected .txt, .md, .jsonl, .jsonl.gz or .bin")
+
+
+def documents(file, field=None):
+    """The texts of a .txt, .md, .jsonl or .jsonl.gz file: one, or one a line: what it has as `field`, "text", or
+    "question" and "answer"."""
+    if not file.lower().endswith((".jsonl", ".gz")):
+        with open(file, encoding="utf-8-sig") as f:
+            yield f.read()
+        return
+    for item in read_jsonl(file):
+        found = [str(item[name]) for name in (field, "text") if is_text(item.get(name))]
+        if not found and is_text(item.get("question")) and is_text(item.get("answer")):
+            found = [f"{ask(item['question'])} {item['answer']}"]
+        if not found:
+            raise ValueError(f"{file}: a line has no text; it has {', '.join(item)}: name one with --field")
+        yield found[0]
+
+
+def bin_tokens(file, tokenizer):
+    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
+    if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
+        raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
+    header = np.fromfile(file, dtype=np.int32, count=256)
+    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
+        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
+        if len(tokens) != header[2]:
+            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, it holds {len(tokens)}")
+    elif (size := os.path.getsize(file)) % 2 or size == 0:
+        raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
+    else:
+        tokens = np.memmap(file, dtype=np.uint16, mode="r")
+        if len(tokens) > 8 and not tokens[1::2][:1000].any():
+            raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
+    for start in range(0, len(tokens), 2 ** 24):
+        part = tokens[start:start + 2 ** 24]
+        if part.max() >= tokenizer.n_vocab:
+            raise ValueError(f"{file} holds token {part.max()}, but the encoding has {tokenizer.n_vocab}: name the "
+                             f"one that it was made with by --encoding")
+        yield part
+
+
+def encode_files(files, tokenizer, field=None):
+    """Yields the tokens of all files, part by part, an end-of-text token before each document."""
+    for file in files:
+        check_text_file(file)
+        if file.lower().endswith(".bin"):
+            yield from bin_tokens(file, tokenizer)
+        else:
+            for text in tqdm(documents(file, field), desc=f"encoding {file}", unit=" documents", leave=False,
+                             disable=None):
+                yield np.array([tokenizer.eot] + tokenizer.encode(text))
+
+
+def rows_of(file, tokenizer, width, n):
+    """The first n rows (n, width) of a file of text, for a held-out loss."""
+    tokens = []
+    for part in encode_files([file], tokenizer):
+        tokens.extend(part[:n * width - len(tokens)].tolist())
+        if len(tokens) == n * width:
+            break
+    if len(tokens) < width:
+        raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
+    return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
+
+# -----------------------------------------------------------------------------
+# scoring: exact match in one forward pass
+
+def encode_example(tokenizer, prompt, answer):
+    """-> tokens of the prompt, which begins a document, and of the answer. Encoded together, as in running text,
+    and split where the prompt alone would be encoded otherwise."""
+    alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+    same = len(os.path.commonprefix([alone, both]))
+    return [tokenizer.eot] + both[:same], both[same:]
+
+
+def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
+    """n different examples of a task, or all that it has -> [(prompt tokens, answer tokens), ...], shots: as many
+    as the longest fits."""
     for shots in range(shots, -1, -1):
-        rng = random.Random(f"{seed} {task}")
-        examples = [encode_example(encoding, *prompt_with_shots(task, rng, shots)) for _ in range(n)]
+        examples = {}
+        for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
+            question, _ = example(task, random.Random(f"{seed} {task} {i}"))
+            if question not in examples:
+                examples[question] = encode_example(tokenizer, *example(task, random.Random(f"{seed} {task} {i}"), shots))
+            if len(examples) == n:
+                break
+        examples = list(examples.values())
         if max(len(prompt) + len(answer) for prompt, answer in examples) <= context:
             return examples, shots
     raise ValueError(f"a question of {task} is longer than the context of {context}")
 
 
 def padded(examples):
-    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, time): targets are -1 but where a token of
-    the answer is predicted. The padding is behind the answer, where nothing looks."""
+    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, T): targets are -1 but where a token of the
+    answer is predicted. The padding is after the answer, where nothing looks."""
     tokens = [torch.tensor((prompt + answer)[:-1]) for prompt, answer in examples]
     targets = [torch.tensor([-1] * (len(prompt) - 1) + answer) for prompt, answer in examples]
     return pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
@@ -356,42 +454,38 @@ def padded(examples):
 
 @torch.no_grad()
 def is_right(model, examples, path=None, batch=32):
-    """Whether greedy decoding gives the whole answer -> list of bools, one per (prompt, answer): two lists of
-    ints, none of them empty.
+    """Whether greedy decoding gives the whole answer -> (n,) bool, one per (prompt, answer).
 
-    In one forward pass: an answer is right when each token of it is the arg-max given the true ones before.
-    What follows is not looked at: with tokens of one digit each (SmolLM's), 14 counts where 1 is asked.
+    In one forward pass: an answer is right when each of its tokens is the likeliest after the true ones before.
     """
     device, right = model.embed.weight.device, []
     for start in range(0, len(examples), batch):
-        tokens, targets = padded(examples[start:start + batch])
-        asked, best = targets >= 0, torch.full_like(targets, -1)
-        hidden = model.hidden(tokens.to(device), path)
-        best[asked] = model.head(hidden[asked.to(device)]).argmax(-1).cpu()
-        right += (best == targets).all(1).tolist()
-    return right
+        tokens, targets = (x.to(device) for x in padded(examples[start:start + batch]))
+        right.append(score_targets(model, model.hidden(tokens, path), targets)[1].cpu())
+    return torch.cat(right)
 
 
-def accuracy(model, encoding, task, n=200, shots=5, path=None, seed=0):
-    """Exact match on n held-out examples -> dict: value, se (standard error), n, chance, shots that fit."""
-    examples, shots = encode_examples(task, encoding, model.config.context, n, shots, seed)
+def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
+    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se (standard
+    error), n, chance, shots that fit."""
+    shots = SHOTS.get(task, 0) if shots is None else shots
+    examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
     return {**proportion(is_right(model, examples, path)), "chance": TASKS[task][2], "shots": shots}
 
 
 def proportion(right):
-    """A list of bools -> dict: value (their mean), its standard error, their number."""
-    mean = sum(right) / len(right)
-    return {"value": mean, "se": (mean * (1 - mean) / len(right)) ** 0.5, "n": len(right)}
+    """(n,) bool -> dict: value (their mean), its standard error, their number."""
+    mean, n = right.float().mean().item(), len(right)
+    return {"value": mean, "se": (mean * (1 - mean) / n) ** 0.5, "n": n}
 
 
-def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
-    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no
-    shots; the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned = copy.deepcopy(model)
-    rng, device = random.Random(f"fine-tuning {seed} {task}"), model.embed.weight.device
-    pairs = [encode_example(encoding, *example(task, rng, heldout=False)) for _ in range(n_train)]
-    tests, _ = encode_examples(task, encoding, model.config.context, n_test, shots=0, seed=seed)
-    tokens, targets = (x.to(device) for x in padded(pairs))     # only the answer is learned
+def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
+    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
+    the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
+    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
+    pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
+    tests, _ = encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)
+    tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
     for step in range(1, steps + 1):
         tuned(tokens, targets)[1].backward()
@@ -399,151 +493,199 @@ def finetune(model, encoding, task, n_train, n_test=200, lr=1e-3, steps=100, see
         optimizer.step()
         optimizer.zero_grad()
         if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:
-            scores.append(sum(is_right(tuned, tests)) / n_test)
-    return sum(scores) / len(scores)
+            scores.append(is_right(tuned, tests).float().mean().item())
+    return statistics.mean(scores)
+
+# -----------------------------------------------------------------------------
+# a file of questions and answers, under greedy generation
+
+NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 
 
-def final_answer(text):
-    """What counts of an answer: the part behind GSM8K's ####, else the last number, else all of it."""
-    if "####" in text:
-        text = text.split("####")[1].strip().split("\n")[0]
-    numbers = re.findall(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+|/[1-9]\d*)?", text)
-    return str(Fraction(numbers[-1].replace(",", ""))) if numbers else text.strip()
+def number_of(text):
+    """"-$1,234.50" -> Fraction, or None for a text that is not a number."""
+    text = text.strip()
+    return Fraction(re.sub("[$,]", "", text)) if re.fullmatch(NUMBER, text) else None
 
 
-def answer_file(model, encoding, file, n, max_new_tokens):
-    """Exact match of the final answer under greedy generation on a .jsonl of `question` and `answer`, the
-    first n of them, or all -> list of bools. A question that fills the context by itself counts as wrong."""
-    right, too_long = [], 0
-    lines = itertools.islice(json_lines(file, {"question": str, "answer": str}), n)
-    for number, line in enumerate(tqdm(lines, desc="questions", leave=False, disable=None), 1):
-        if not final_answer(line["answer"]):
-            raise ValueError(f"{file}, line {number}: the answer is empty")
-        prompt = ask(line["question"])
-        room = model.config.context - 1 - len(encoding.encode_ordinary(prompt))
-        too_long += room < 1
-        text = continue_text(model, encoding, prompt, min(max_new_tokens, room)) if room > 0 else ""
-        text = re.split("\n\n|\nQuestion:", text)[0]        # a model may go on with a question of its own
-        right.append(final_answer(text) == final_answer(line["answer"]))
-    if not right:
-        raise ValueError(f"{file} holds no questions")
-    if too_long:
-        tqdm.write(f"{too_long} of {len(right)} questions fill the context of {model.config.context} tokens "
-                   f"and count as wrong", file=sys.stderr)
-    return right
+def is_same(prediction, reference):
+    """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
+    with the last number of the prediction, any other answer as a whole."""
+    prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
+    if number_of(reference) is None:
+        return " ".join(prediction.split()) == " ".join(reference.split())
+    found = re.findall(NUMBER, prediction)
+    return bool(found) and number_of(found[-1]) == number_of(reference)
+
+
+def read_questions(file, n=None, shots=0):
+    """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first lines are the shots of all others."""
+    pairs = []
+    for item in read_jsonl(file):
+        if not is_text(item.get("question")) or not is_text(item.get("answer")):
+            raise ValueError(f"{file}: question {len(pairs) + 1} has no question or no answer")
+        pairs.append((ask(item["question"]), f" {item['answer']}"))
+    if len(pairs) <= shots:
+        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {shots} shots")
+    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
+    return [(before + prompt, answer) for prompt, answer in pairs[shots:][:n]]
+
+
+def answer_questions(model, tokenizer, questions, length, path=None):
+    """Whether the greedy continuation gives the answer -> (n,) bool. A prompt that fills the context is wrong."""
+    right = []
+    for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
+        room = model.config.context - 1 - len(tokenizer.encode(prompt))
+        text = complete(model, tokenizer, prompt, min(length, room), path) if room > 0 else ""
+        right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))     # it may ask on by itself
+    return torch.tensor(right)
+
+
+def examples_of(args, checkpoint, context):
+    """What a scan asks: --data, --questions or --task -> tokens, targets (n, T)"""
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if args.data:
+        rows = rows_of(args.data, tokenizer, min(context, 256) + 1, args.n)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    if args.questions:
+        pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
+        pairs = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
+        return padded(pairs)
+    return padded(encode_examples(args.task, tokenizer, context, args.n, seed=args.seed)[0])
 
 # -----------------------------------------------------------------------------
 # measurements are rows; tables are printed from rows
 
-ROW = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}       # and more
-
-
-def measure(args, run, model, checkpoint):
-    """All that was asked for, of one model, one after another -> table, column, score."""
-    encoding = load_encoding(checkpoint["encoding"]) if args.tasks or args.questions else None
+def measure(args, model, checkpoint):
+    """All that was asked for, of one model, one after another -> table, suffix of its line, column, score."""
+    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions or args.data else None
+    paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
     if args.questions:
-        length = args.length or min(128, model.config.context // 2)
-        right = answer_file(model, encoding, args.questions, args.n, length)
-        yield "questions", os.path.basename(args.questions), proportion(right)
+        questions = read_questions(args.questions, args.n, max(args.shots or [0]))
+        for suffix, path in paths.items():
+            right = answer_questions(model, tokenizer, questions, args.length, path)
+            yield "questions", suffix, os.path.basename(args.questions), proportion(right)
     elif args.shots:
-        for task, shots in itertools.product(args.tasks, args.shots):
-            score = accuracy(model, encoding, task, args.n, shots, seed=args.seed)
+        for (suffix, path), task, shots in itertools.product(paths.items(), args.tasks, args.shots):
+            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
             if score.pop("shots") == shots:     # else they do not fit the context
-                yield f"{task}: accuracy by number of shots", str(shots), score
+                yield f"{task}: accuracy by number of shots", suffix, str(shots), score
     elif args.finetune:
         for task, n_train in itertools.product(args.tasks, args.finetune):
-            draws = [finetune(model, encoding, task, n_train, args.n, seed=args.seed + i)
-                     for i in range(args.draws)]
+            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + i) for i in range(args.draws)]
             score = {"value": statistics.mean(draws), "n": args.n, "chance": TASKS[task][2], "draws": draws}
             if args.draws > 1:
                 score["se"] = statistics.stdev(draws) / args.draws ** 0.5
-            yield f"{task}: accuracy by number of fine-tuning examples", str(n_train), score
-    elif args.sweep:
-        yield from sweep(args, run, model, encoding)
+            yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), score
+    elif args.curves:
+        for row in (row for row in checkpoint["log"] if "growth" not in row):
+            when = {name: row[name] for name in ("step", "depth", "flops_share")}
+            for column in (name for name in row if name.startswith(("hops-", "loss "))):
+                yield "training", "", column, {"value": row[column], **when}
     else:
-        sizes = {"depth": len(model.config.visits()), "params": sum(p.numel() for p in model.parameters())}
-        if "flops" in checkpoint:               # not in what grow.py, --unroll or Hugging Face wrote
-            sizes["flops"] = checkpoint["flops"]
-        for column, value in () if args.loop else sizes.items():
-            yield "tasks", column, {"value": value}
-        losses = {f"loss {stream}": rows for stream, rows in checkpoint["heldout"].items()}
-        paths = {"own path": None} | {loop: parse_repeats(loop, model.config.n_layer) for loop in args.loop}
-        for (loop, path), name in itertools.product(paths.items(), [*losses, *args.tasks]):
-            score = ({"value": mean_loss(model, losses[name], path)} if name in losses else
-                     accuracy(model, encoding, name, args.n, path=path, seed=args.seed))
-            # one table of all tasks, or one each, its columns the paths
-            yield *((f"{name} by looped path", loop) if args.loop else ("tasks", name)), score
+        yield from tasks_and_losses(args, model, checkpoint, tokenizer, paths)
 
 
-def sweep(args, run, model, encoding):
-    """Claim 2. Of all places of the block and numbers of repeats, the best for each task on the even
-    examples, and its accuracy on the odd ones, which did not choose it, beside that along its own path."""
-    n_layer = model.config.n_layer
-    if args.block > n_layer:
-        raise ValueError(f"{run} has {n_layer} layers, no block of {args.block}")
-    paths = {(start, repeats): loop_path(n_layer, start, args.block, repeats)
-             for start in range(n_layer - args.block + 1) for repeats in args.repeats}
+def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
+    """Held-out losses and accuracies along each path; the gain over the own path is paired over the examples."""
+    losses = {f"loss {name}": rows for name, rows in checkpoint["heldout"].items()}
+    if args.data:
+        losses = {os.path.basename(args.data): rows_of(args.data, tokenizer, min(model.config.context, 256) + 1, 64)}
+    columns = {"depth": len(model.config.resolve_path()), "params": sum(p.numel() for p in model.parameters()),
+               **({"flops": checkpoint["flops"]} if "flops" in checkpoint else {})}
+    table = "along paths" if len(paths) > 1 else "tasks"
+    for column, value in columns.items():
+        yield table, "", column, {"value": value}
+    for name, (suffix, path) in itertools.product(losses, paths.items()):
+        yield table, suffix, name, {"value": estimate_loss(model, losses[name], path)}
     for task in args.tasks:
-        examples, shots = encode_examples(task, encoding, model.config.context, args.n, seed=args.seed)
-        right = {key: is_right(model, examples, path) for key, path in {None: None, **paths}.items()}
-        best = max(paths, key=lambda key: sum(right[key][::2]))
-        tqdm.write(f"{run}: best for {task} is --loop {best[0]},{args.block},{best[1]}", file=sys.stderr)
-        for suffix, key in (("", None), (f" best loop of {args.block}", best)):
-            yield "sweep", task, {"suffix": suffix, **proportion(right[key][1::2]), "chance": TASKS[task][2],
-                                  "shots": shots, "start_repeats": key,
-                                  "chosen_at": proportion(right[key][::2])["value"]}
+        examples, shots = encode_examples(task, tokenizer, model.config.context, args.n, SHOTS.get(task, 0), args.seed)
+        own = is_right(model, examples)
+        for suffix, path in paths.items():
+            right = own if path is None else is_right(model, examples, path)
+            gain, gain_se = paired(right.float() - own.float())
+            yield table, suffix, task, {**proportion(right), "chance": TASKS[task][2], "shots": shots,
+                                        **({} if path is None else {"gain": gain, "gain_se": gain_se})}
 
 
 def append_rows(file, rows):
-    make_folder(file)
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def plot_curves(file, rows, n_hops=5):
+    """Accuracy by hops against training FLOPs, of the rows of --curves: mean and range over the seeds, and a dot where
+    the model grows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs the package: pip install matplotlib")
+    figure = Figure(figsize=(3 * n_hops, 3), layout="constrained")
+    for hop, axis in enumerate(figure.subplots(1, n_hops, sharey=True)):
+        for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            steps = {}      # step: its rows, one a seed
+            for row in rows:
+                if (row["model"], row["column"]) == (model, f"hops-{hop}"):
+                    steps.setdefault(row["step"], []).append(row)
+            if not steps:       # a log of other text
+                continue
+            shares = [statistics.mean(row["flops_share"] for row in found) for found in steps.values()]
+            values = torch.tensor([[row["value"] for row in found] for found in steps.values()])   # (steps, seeds)
+            depths = [found[0]["depth"] for found in steps.values()]
+            axis.plot(shares, values.mean(1), color=f"C{i}", label=model)
+            axis.fill_between(shares, values.amin(1), values.amax(1), color=f"C{i}", alpha=0.15, linewidth=0)
+            for place in (p for p in range(1, len(depths)) if depths[p] > depths[p - 1]):
+                axis.plot(shares[place - 1], values[place - 1].mean(), "o", color=f"C{i}", markersize=4)
+        axis.axhline(TASKS["hops-0"][2], color="grey", linewidth=0.7, linestyle=":")
+        axis.set(title=f"{hop} hop{'s' * (hop != 1)}", xlabel="training FLOPs / baseline's", ylim=(0, 1.02))
+    figure.axes[0].set_ylabel("accuracy")
+    figure.axes[0].legend(fontsize="small")
+    save_atomically(file, lambda f: figure.savefig(f, format="png", dpi=120))
+
+
 def print_tables(rows, side_by_side=7):
-    """Prints one table per kind of row: a line per model, a column per measurement, the rest of many below.
-    Cells are means over the seeds with their standard deviation, or, of one seed, with the standard error of
-    its n examples."""
-    flops = [row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")]
+    """Prints one table per kind of row: a line per model, a column per measurement, the rest of many below. Cells are
+    means over the seeds with their standard deviation, or, of one seed, with the standard error of its examples."""
+    flops = max((row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")), default=0)
     for table in dict.fromkeys(row["table"] for row in rows):
-        cells = {}      # {(model, column): {seed: row}}: what is measured again counts once
+        cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
-            place = row["model"] + row.get("suffix", ""), row["column"]
-            seeds = cells.setdefault(place, {})
+            seeds = cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})
             if (other := seeds.get(row["seed"], row).get("run")) != row.get("run"):
-                raise ValueError(f"{other} and {row.get('run')} share the line {place[0]} of a table: give "
-                                 f"them results files of their own")
+                raise ValueError(f"{other} and {row.get('run')} share a line of a table: give them results files of "
+                                 f"their own")
             seeds[row["seed"]] = row
-        models, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+        names, columns = (list(dict.fromkeys(x)) for x in zip(*cells))
         print(f"\n{table}")
         for i in range(0, len(columns), side_by_side):
-            band = columns[i:i + side_by_side]
-            lines = [["", "seeds", *band]]
-            for model in models:
-                found = [cells.get((model, column), {}) for column in band]
-                if any(found):
-                    lines.append([model, str(len(set().union(*found))),
-                                  *(cell(list(seeds.values()), max(flops, default=0)) for seeds in found)])
-            for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
-                found = [{round(scale * row[key]) for (_, name), seeds in cells.items() if name == column
-                          for row in seeds.values() if key in row} for column in band]
-                if any(found):
-                    lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else ""
-                                              for x in found])
-            first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
-            print("\n" * (i > 0), end="")
-            for name, *texts in lines:
-                print(f"{name:{first}}" + "".join(f"  {x:>{width}}" for x, width in zip(texts, widths)))
+            print_band(cells, names, columns[i:i + side_by_side], flops)
 
 
-def cell(rows, reference):
-    """A cell's text. rows: of one column, one a seed; reference: training FLOPs of the baseline, or 0."""
+def print_band(cells, names, columns, flops):
+    """The lines of some columns of a table, and below them what their scores share."""
+    lines = [["", "seeds", *columns]]
+    for name in names:
+        found = [cells.get((name, column), {}) for column in columns]
+        if any(found):
+            lines.append([name, str(len(set().union(*found)))] + [cell(list(x.values()), flops) for x in found])
+    for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
+        found = [{round(scale * row[key]) for (_, name), seeds in cells.items() if name == column
+                  for row in seeds.values() if key in row} for column in columns]
+        if any(found):
+            lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else "" for x in found])
+    first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
+    for name, *texts in lines:
+        print(f"{name:{first}}" + "".join(f"  {x:>{width}}" for x, width in zip(texts, widths)))
+
+
+def cell(rows, flops):
+    """A cell's text. rows: of one column, one a seed; flops: training FLOPs of the baseline, or 0."""
     if not rows:
         return "-"
     values, column = [row["value"] for row in rows], rows[0]["column"]
     mean = statistics.mean(values)
     if column in ("depth", "params", "flops"):
-        share = f"{mean / reference:.0%}" if reference else f"{mean:.1e}"
+        share = f"{mean / flops:.0%}" if flops else f"{mean:.1e}"
         return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
     spread = statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
     scale, digits = (100, 1) if "n" in rows[0] else (1, 3)     # what is counted in n examples is a percentage
@@ -551,82 +693,81 @@ def cell(rows, reference):
 
 # -----------------------------------------------------------------------------
 
-def load_labelled(args):
-    """The models of a command, one after another -> file, name, seed, model, checkpoint. The name, of a line
-    in tables, is that of the run's folder less the seed at its end, so that runs that differ in the seed
-    share a line. Raises ValueError where others would."""
-    files, depths = {}, {}
-    for file in args.checkpoints:
-        model, checkpoint = load_checkpoint(file, args.device, args.tokens)
-        seed = checkpoint.get("args", {}).get("seed", 0)
-        folder, name = os.path.split(os.path.abspath(file))
-        if os.path.isfile(file):
-            name = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{name}".replace("/ckpt.pt", "")
-        other, depth = files.setdefault((name, seed), file), len(model.config.visits())
-        if other != file or depths.setdefault(name, depth) != depth:
-            raise ValueError(f"{other} and {file} would share the line {name} of a table: they must be of "
-                             f"one depth, with seeds of their own")
-        yield file, name, seed, model, checkpoint
+def label_of(name, checkpoint):
+    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name less the seed at its end,
+    so that runs that differ in the seed share a line."""
+    seed = checkpoint.get("args", {}).get("seed", 0)
+    folder, file = os.path.split(os.path.abspath(name))
+    if os.path.isfile(name):
+        file = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{file}".replace("/ckpt.pt", "")
+    return file, seed
 
 
-def read_rows(file):
-    """The rows that --results wrote. Raises ValueError naming a line that is none."""
-    return list(json_lines(file, ROW))
+def load_labelled(names, device):
+    """The models of a command, one after another -> name, label, seed, model, checkpoint."""
+    for name in names:
+        model, checkpoint = load_checkpoint(name, device)
+        yield name, *label_of(name, checkpoint), model, checkpoint
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_checkpoints(0)       # none with --table
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
+    add_path_options(parser)
     # what to measure
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
-                        help="default: all; none behind it: losses only")
-    parser.add_argument("-n", type=at_least(2),
-                        help="examples a task (default: 200, +-3.5%% at most), or questions (default: all)")
-    others = parser.add_mutually_exclusive_group()
-    others.add_argument("--loop", nargs="+", default=[], metavar="START,BLOCK,REPEATS",
-                        help="further paths: of 8 layers, 3,2,1 is the loop that train.py writes as 3-2x2-3")
-    others.add_argument("--sweep", action="store_true", help="the best looped block for each task")
-    others.add_argument("--shots", type=at_least(0), nargs="+",
-                        help="in-context curve: numbers of worked examples, those that fit the context")
-    others.add_argument("--finetune", type=at_least(1), nargs="+",
-                        help="fine-tuning curve: numbers of examples")
-    others.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
-    parser.add_argument("--block", type=at_least(1), default=2,
-                        help="--sweep: layers looped (default: train.py's 2)")
-    parser.add_argument("--repeats", type=at_least(1), nargs="+", default=[1, 2, 4],
-                        help="--sweep: extra visits (default: 1 2 4)")
-    parser.add_argument("--draws", type=at_least(1), default=3,
-                        help="--finetune: draws of the examples (default: 3)")
-    parser.add_argument("--length", type=at_least(1),
-                        help="--questions: longest answer (default: 128, or half the context)")
+                        help="default: all; none after it: losses only")
+    parser.add_argument("-n", type=positive_int, help="examples a task (default: 200, +-3.5%% at most), or questions "
+                                                      "(default: all)")
+    parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
+    parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
+    parser.add_argument("--draws", type=positive_int, default=3, help="of fine-tuning examples (default: 3)")
+    parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
+    parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
+    parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
+    parser.add_argument("--data", metavar="FILE", help="text for the held-out loss, in place of the checkpoint's own")
     # where it goes
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
     parser.add_argument("--columns", nargs="+", default=[], help="--table: only the columns of these names")
+    parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    parser.add_device()
-    args = parser.parse_args()
-    if bool(args.checkpoints) == bool(args.table):
-        parser.error("name checkpoints to evaluate, or a file of rows with --table")
-    if (args.only or args.columns) and not args.table:
-        parser.error("--only and --columns go with --table")
-    if args.n is None and not args.questions:
-        args.n = 200
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
+    return parser
 
-    rows = read_rows(args.table) if args.table else []
-    for file, name, seed, model, checkpoint in load_labelled(args):
-        measured = measure(args, file, model, checkpoint)
-        for table, column, score in tqdm(measured, desc=file, unit=" rows", leave=False, disable=None):
-            rows.append({"table": table, "model": name, "seed": seed, "run": file, "column": column, **score})
+
+def main():
+    parser = make_parser()
+    along, kinds = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
+    args, _ = read_options(parser, {
+        "questions": ("tasks", "data", "finetune", "curves"), "finetune": (*along, "data", "shots", "curves"),
+        "curves": (*along, "tasks", "data", "shots", "n"), "shots": ("data",), "no finetune": ("draws",),
+        "no questions": ("length",), "table": (*along, *kinds, "n", "results", "seed", "device"),
+        "no table": ("only", "columns")})
+    if bool(args.models) == bool(args.table):
+        raise ValueError("name models to evaluate, or a file of rows with --table")
+    if args.plot and not (args.curves or args.table):
+        raise ValueError("--plot goes with --curves, or with their rows in --table")
+    check_outputs([args.plot], [args.results])
+    args.n = args.n or (None if args.questions else 200)
+    rows = list(read_jsonl(args.table)) if args.table else []
+    if any(not {"table", "model", "column", "seed"} <= row.keys() or not is_number(row.get("value")) for row in rows):
+        raise ValueError(f"{args.table} has rows that --results did not write")
+    for name, label, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
+        measured = measure(args, model, checkpoint)
+        for table, suffix, column, score in tqdm(measured, desc=name, unit=" rows", leave=False, disable=None):
+            rows.append({"table": table, "model": label, "suffix": suffix, "seed": seed, "run": name, "column": column,
+                         **score})
             if args.results:
                 append_rows(args.results, rows[-1:])
-    rows = [row for row in rows if args.only in row["table"]
-            and (not args.columns or row["column"] in args.columns)]
+    rows = [row for row in rows if args.only in row["table"] and (not args.columns or row["column"] in args.columns)]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
-    if args.json:
+    if args.plot:
+        plot_curves(args.plot, [row for row in rows if row["table"] == "training"])
+    elif args.json:
         print("\n".join(map(json.dumps, rows)))
     else:
         print_tables(rows)

@@ -1,342 +1,244 @@
 """
-Looping: visiting a block of layers again, with the same weights. It needs only a path, so any checkpoint can
-be looped at inference, trained to loop or not (claim 2 of the paper), and a model trained to loop is one
-whose config carries the path (Loop(e-LxK-d) of arXiv 2502.17416: e layers, L visited K times, d layers).
+Looping: visiting a block of layers again, with the same weights. A loop is only a path, so any model can be
+looped at inference, trained to loop or not (claim 2 of the paper); a model trained to loop is one whose config
+carries the path, as Loop(e-LxK-d) of arXiv 2502.17416: e layers, L layers visited K times, d layers.
 
-    python loop.py out/lidas/ckpt.pt --prompt "k=4" --start 3 --block 2 --repeats 0 1 2 4    # seconds
-    python loop.py out/lidas/ckpt.pt --sweep --block 2          # held-out loss, start x repeats: a minute
-    python loop.py out/looped/ckpt.pt --unroll untied.pt        # the looped model, every visit untied
-    python loop.py out/lidas/ckpt.pt --export DIR               # for transformers, vLLM, llama.cpp
-    python loop.py --hf SmolLM-135M --prompt "2+2=" --start 12 --block 4 --repeats 0 1   # any Llama directory
+    python loop.py out/lidas/ckpt.pt --prompt "k="                  # a middle block visited 1, 2, 3 and 5 times
+    python loop.py out/lidas/ckpt.pt --prompt "k=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
+    python loop.py out/lidas/ckpt.pt --scan --task hops-3           # every block once more: which one helps?
+    python loop.py SmolLM2-135M --scan --questions mine.jsonl --plot scan.png       # any Llama of Hugging Face
 """
-import gzip
-import itertools
-import json
+import argparse
 import os
 import re
-import shutil
 import zlib
 
-import numpy as np
-import tiktoken
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from grow import Parser, at_least, grow, load_checkpoint, run_script, save_derived, token_dtype, tokens_of
-from model import llama_names, loop_path, mean_loss, one_line, read_json, refuse_others
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
+                   read_options, run_script, save_atomically)
+
+# -----------------------------------------------------------------------------
+# paths that loop, and how they are written
+
+def loop_path(n_layer, start, block, repeats):
+    """The path that visits layers start ... start + block - 1 `repeats` extra times; 0 is the plain model.
+
+    loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
+    """
+    if block < 1 or start < 0 or start + block > n_layer or repeats < 0:
+        raise ValueError(f"no block of {block} layers at layer {start} with {repeats} extra visits: "
+                         f"the model has layers 0 to {n_layer - 1}")
+    layers = list(range(n_layer))
+    return layers[:start] + layers[start:start + block] * (repeats + 1) + layers[start + block:]
 
 
 def parse_loop(text):
-    """Loop(e-LxK-d), or Loop(LxK), of arXiv 2502.17416 -> (stored layers, path).
+    """Loop(e-LxK-d), or Loop(LxK), of arXiv 2502.17416, K counting all visits -> (stored layers, path).
 
     "2-2x3-2" -> (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]); "4x6" -> (4, [0, 1, 2, 3] * 6).
     Raises ValueError for other text.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)x(\d+)(?:-(\d+))?", text)
-    if not match:
+    if not match or int(match[3]) < 1:
         raise ValueError(f"a loop is written e-LxK-d or LxK, as in 2-2x3-2 or 4x6, not {text!r}")
-    before, block, visits, behind = (int(group or 0) for group in match.groups())
-    if block < 1 or visits < 1:
-        raise ValueError(f"a loop of {block} layers visited {visits} times is none: {text!r}")
-    n_layer = before + block + behind
+    before, block, visits, after = (int(group or 0) for group in match.groups())
+    n_layer = before + block + after
     return n_layer, loop_path(n_layer, before, block, visits - 1)
 
 
-def parse_repeats(text, n_layer):
-    """START,BLOCK,REPEATS, as in "3,2,1" -> loop_path of them. Raises ValueError for other text."""
-    if not re.fullmatch(r"\d+,\d+,\d+", text):
-        raise ValueError(f"--loop takes START,BLOCK,REPEATS, as in 3,2,1, not {text}")
-    return loop_path(n_layer, *map(int, text.split(",")))
+def parse_path(text):
+    """"0-3,2-5,6" -> [0, 1, 2, 3, 2, 3, 4, 5, 6]: layers and inclusive ranges. Raises ValueError for other text."""
+    path = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ValueError(f"a path is layers and ranges, as in 0-3,2-5,4-7, not {text!r}")
+        path += range(first, last + 1)
+    return path
 
 
-def unroll(model, path=None):
-    """The model along a path (its own unless given) as a plain one, each visit untied: that is growing it."""
-    return grow(model, path)
+def add_path_options(parser):
+    parser.add_argument("--loop", nargs="+", default=[], metavar="E-LxK-D",
+                        help="run along a loop: of 8 layers, 3-2x2-3 visits layers 3-4 twice")
+    parser.add_argument("--path", nargs="+", default=[], metavar="PATH",
+                        help="run along any path: 0-3,2-5,4-7 (inclusive) loops, 0-3,6-7 skips")
+
+
+def paths_of(args, config):
+    """--loop and --path of a command -> {what was written: path}, checked against the model's layers."""
+    paths = {}
+    for text in args.loop:
+        n_layer, paths[text] = parse_loop(text)
+        if n_layer != config.n_layer:
+            raise ValueError(f"--loop {text} is of {n_layer} layers, the model has {config.n_layer}")
+    for text in args.path:
+        paths[text] = config.resolve_path(parse_path(text))
+    return paths
 
 # -----------------------------------------------------------------------------
-# text: encodings for any checkpoint, what a model writes, files of lines
+# the scan: which block is worth another visit? Every (start, end), on examples with answers
 
-# of the built-in world: an assigned variable with its equals sign, the blank to fill in, words and numbers
-# below 100 with the space before them, single other characters
-PIECES = r"""(?<![A-Za-z])[a-z] ?=| ?___\.? ->|\n+| ?[A-Za-z]+| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"""
-# how GPT-2 splits text, and how SmolLM does, which gives every digit a token
-GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
-# what tiktoken can be, of a tokenizer's settings; the empty ones stand for each other
-BYTE_PAIRS = {"type": ["BPE"], "byte_fallback": [False, None], "dropout": [None, 0.0], "normalizer": [None],
-              "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""],
-              "add_prefix_space": [False]}
-# every byte of ordinary text: vocabularies in use lack control characters and bytes that no text has
-TEXT_BYTES = {*b"\t\n\r", *range(32, 127), *range(128, 192), *range(194, 241)}
+@torch.no_grad()
+def scan(model, tokens, targets, cells, visits=2, batch=8):
+    """Visits each block (start, end), both included, `visits` times; everything before it is computed once.
 
-
-def load_encoding(spec):
-    """What a checkpoint has as its encoding -> tiktoken.Encoding with an end-of-text token: of a name that
-    tiktoken knows, of a list of words, or of {"config.json": dict, "tokenizer.json": dict} of a Hugging Face
-    directory. Raises ValueError where that is not to be had.
-
-    A list makes an encoding of the 256 bytes and those words, so that every text can be encoded and decoded.
+    tokens, targets (n, T), where a target of -1 is not asked; cells: list of blocks -> yields, first for None
+    (the plain model) and then for each cell: loss (n,), nats per asked token, and right (n,), whether each of them
+    is the likeliest. A cell costs the layers from `start` on. Memory: n * T * n_embd numbers for each layer.
     """
-    if isinstance(spec, dict):
-        try:
-            return llama_encoding(spec["config.json"], spec["tokenizer.json"])
-        except ValueError as error:
-            raise ValueError(f"tokenizer.json is none that tiktoken can express: {error}")
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"there is no tokenizer.json as the tokenizers package writes it, so that only "
-                             f"--tokens FILE.bin works: {error!r}")
-    if not isinstance(spec, str):
-        tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in spec]
-        return tiktoken.Encoding("words", pat_str=PIECES, special_tokens={"<|endoftext|>": len(tokens)},
-                                 mergeable_ranks={t: i for i, t in enumerate(tokens)})
-    if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        return tiktoken.get_encoding(spec)
-    except Exception as error:      # whatever the network stack raises: the cause is in the message
-        raise ValueError(f"tiktoken could not load {spec!r}: it downloads the vocabulary on first use. "
-                         f"Offline, set TIKTOKEN_CACHE_DIR to a folder that holds it ({one_line(error)})")
+    model_device, parts = model.embed.weight.device, []
+    for part, target in zip(tokens.split(batch), targets.split(batch)):
+        part = part.to(model_device)
+        rope_and_mask, streams = model.rope_and_mask(part), [model.embed(part)]     # each (batch, T, n_embd)
+        for layer in model.layers:
+            streams.append(layer(streams[-1], rope_and_mask))
+        parts.append((streams, rope_and_mask, target.to(model_device)))
+    for cell in [None, *cells]:
+        scores = []
+        for streams, rope_and_mask, target in parts:
+            x, rest = streams[-1], []
+            if cell is not None:
+                start, end = cell
+                x, block = streams[end + 1], [*range(start, end + 1)]
+                rest = block * (visits - 1) + [*range(end + 1, len(model.layers))]
+            for index in rest:
+                x = model.layers[index](x, rope_and_mask)
+            scores.append(score_targets(model, model.norm(x), target))
+        yield cell, *(torch.cat(column).cpu() for column in zip(*scores))
 
 
-def llama_encoding(config, tokenizer):
-    """config.json, tokenizer.json -> tiktoken.Encoding, of byte-level BPE as GPT-2's, SmolLM's, Llama 3's.
-    Begin-of-text, or else the end's token, begins a document. Raises ValueError for any other kind."""
-    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    *first, last = pre.get("pretokenizers", [pre])
-    refuse_others({**model, "normalizer": tokenizer.get("normalizer"),
-                   "add_prefix_space": last.get("add_prefix_space", False)}, BYTE_PAIRS)
-    kinds, pattern = [step.get("type") for step in [*first, last]], None
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        pattern = GPT2
-    elif kinds == ["Digits", "ByteLevel"] and first[0]["individual_digits"] and last.get("use_regex", True):
-        pattern = DIGITS
-    elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        split = first[0]["pattern"].get("Regex") if first[0]["behavior"] == "Isolated" else None
-        # what lies between two matches is a piece too; tiktoken would leave it out
-        pattern = split and rf"(?:{split})|(?:(?!{split})[\s\S])+"
-    if pattern is None:
-        raise ValueError(f"text split by {kinds} with these settings is not supported")
-    if not all(token["special"] for token in tokenizer["added_tokens"]):
-        raise ValueError("added tokens that are not special are not supported")
-
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]       # bytes that stand for themselves
-    others = sorted({*range(256)} - {*shown})
-    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(others)}
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = [left + right for left, right in merges]
-    order = [vocab[token] for token in merged]
-    if order != sorted(order):
-        raise ValueError("its ids are not in merging order")
-    if not model.get("ignore_merges") and not set(vocab) <= set(byte) | set(merged):
-        raise ValueError("it has tokens that no merge makes")
-    tokens = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-    if not TEXT_BYTES <= {token[0] for token in tokens if len(token) == 1}:
-        raise ValueError("it lacks single bytes of text")
-
-    ids = {*range(config["vocab_size"])}
-    begin = config.get("eos_token_id") if config.get("bos_token_id") is None else config["bos_token_id"]
-    if not isinstance(begin, int) or not ids.issuperset([begin, *vocab.values()]):
-        raise ValueError(f"its ids must be below config.json's vocab_size {len(ids)}, also the one that "
-                         f"begins a document: bos_token_id, or else eos_token_id, not {begin}")
-    special["<|endoftext|>"] = begin        # tiktoken's name for it
-    # the model may generate any id, also those without a token, so that each needs a text
-    unnamed = ids - {*vocab.values(), *special.values()}
-    special |= {f"<|unnamed {i}|>": i for i in sorted(unnamed)}
-    return tiktoken.Encoding("huggingface", pat_str=pattern, special_tokens=special, mergeable_ranks=tokens)
+def score_targets(model, hidden, targets):
+    """Of model.hidden (B, T, n_embd) and targets (B, T) -> loss (B,) and right (B,) of the asked tokens."""
+    asked = targets >= 0
+    logits = model.head(hidden[asked]).float()                                  # (asked tokens, vocab_size)
+    row = asked.nonzero()[:, 0]                                                 # (asked tokens,)
+    losses = F.cross_entropy(logits, targets[asked], reduction="none")
+    wrong = (logits.argmax(-1) != targets[asked]).float()
+    total = torch.zeros(2, len(targets), device=targets.device).index_add(1, row, torch.stack((losses, wrong)))
+    return total[0] / asked.sum(1), total[1] == 0
 
 
-def continue_text(model, encoding, text, length, path=None, temperature=0.0):
-    """What the model writes behind a text that begins a document: up to `length` tokens -> text, which ends
-    where the document does: at the first special token, or id that is no token."""
-    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
-    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
-                         stop=encoding.eot_token)[0, len(tokens):].tolist()
-    ordinary = {encoding.encode_single_token(token) for token in encoding.token_byte_values()}
-    return encoding.decode(list(itertools.takewhile(ordinary.__contains__, new)))
-
-
-def json_lines(file, *layouts):
-    """The dicts in the lines of a .jsonl or .jsonl.gz file, each of one of the layouts: {name: type} of what
-    it must have, as {"question": str, "answer": str}. Raises ValueError naming a line that has none."""
-    number = 0
-    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
-        try:
-            for number, line in enumerate(f, 1):
-                item = json.loads(line)
-                if not any(all(isinstance(item.get(name), kind) for name, kind in layout.items())
-                           for layout in layouts):
-                    raise ValueError
-                yield item
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text (behind line {number})")
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise ValueError(f"{file} is not a whole gzip file")
-        except (ValueError, AttributeError, RecursionError):
-            raise ValueError(f"{file}, line {number}: not a JSON object with " +
-                             " or ".join(" and ".join(layout) for layout in layouts))
-
-
-def ask(question):
-    return f"Question: {question}\nAnswer:"
-
-
-def texts_of(file):
-    """The documents of a .txt, .jsonl or .jsonl.gz file. Raises ValueError for what is none."""
-    if file.endswith((".jsonl", ".jsonl.gz")):
-        for line in json_lines(file, {"text": str}, {"question": str, "answer": str}):
-            asked = not isinstance(line.get("text"), str)
-            yield f"{ask(line['question'])} {line['answer']}" if asked else line["text"]
-    else:
-        try:
-            with open(file, encoding="utf-8") as f:
-                yield f.read()
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text")
-
-
-def encode(files, encoding, write):
-    """Writes the tokens of all files, an end-of-text token before each document."""
-    dtype = token_dtype(encoding)
-    for file in files:
-        if file.endswith(".bin"):
-            tokens = tokens_of(file)
-            for start in range(0, len(tokens), 2 ** 24):
-                part = np.array(tokens[start:start + 2 ** 24])
-                if part.max() >= encoding.n_vocab:
-                    raise ValueError(f"{file} holds token {part.max()}, but {encoding.name} has "
-                                     f"{encoding.n_vocab}: name the encoding it was made with by --encoding")
-                write(part.astype(dtype).tobytes())
-        else:
-            for text in tqdm(texts_of(file), desc=f"encoding {file}", unit=" documents", leave=False):
-                write(np.array([encoding.eot_token] + encoding.encode_ordinary(text), dtype=dtype).tobytes())
+def paired(differences):
+    """Differences (n,) over the same examples -> their mean, and its standard error."""
+    return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
 
 # -----------------------------------------------------------------------------
-# writing a Hugging Face directory
-
-def export(model, folder, path=None, source=None):
-    """Writes the model along a path, every visit untied, as a Hugging Face Llama directory (config.json and
-    model.safetensors), which transformers, vLLM and llama.cpp open. Raises ValueError where there is one.
-    source: the Hugging Face directory that the model comes from, whose tokenizer goes with it."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError("--export needs the package: pip install safetensors")
-    folder = os.path.normpath(folder)       # "DIR/" + ".part" would lie inside DIR
-    if os.path.exists(folder):
-        raise ValueError(f"{folder} exists: choose a new directory")
-    untied = unroll(model, path)
-    config, names, weights = untied.config, llama_names(untied.config), {}
-    for ours, p in untied.named_parameters():       # names a tied head once
-        theirs = names[ours]
-        heads = [config.n_head, config.n_kv_head, config.n_kv_head] if len(theirs) == 3 else [1] * len(theirs)
-        parts = p.detach().split([len(p) // sum(heads) * n for n in heads])
-        weights.update({name: part.clone() for name, part in zip(theirs, parts)})
-    settings = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-        "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "hidden_act": "silu",
-        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
-        "hidden_size": config.n_embd, "intermediate_size": config.n_hidden, "attention_bias": False,
-        "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps, "mlp_bias": False,
-        "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied,
-        "bos_token_id": config.separator, "eos_token_id": config.separator}
-    part = f"{folder}.{os.getpid()}.part"                 # renamed when whole: nothing is left half-written
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    try:
-        save_file(weights, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
-        if source:
-            ids = read_json(source, "config.json")
-            settings |= {name: ids.get(name) for name in ("bos_token_id", "eos_token_id")}
-            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                         "special_tokens_map.json"):
-                if os.path.exists(os.path.join(source, name)):
-                    shutil.copy(os.path.join(source, name), part)
-        with open(os.path.join(part, "config.json"), "w", encoding="utf-8") as f:
-            json.dump(settings, f, indent=2)
-        os.replace(part, folder)
-    except Exception as error:              # safetensors has errors of its own for a full disk
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {one_line(error)}")
-
-# -----------------------------------------------------------------------------
+# the command: one prompt along several paths, or the scan
 
 def show(model, checkpoint, args):
-    """The same prompt continued at each repeat count, with the held-out loss there."""
-    encoding = load_encoding(checkpoint["encoding"])
-    for repeats in args.repeats:
-        path = loop_path(model.config.n_layer, args.start, args.block, repeats)
-        losses = "  ".join(f"{name} {mean_loss(model, rows, path):.4f}"
-                           for name, rows in checkpoint["heldout"].items())
+    """The same prompt continued along each path, with the held-out loss there."""
+    tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
+    paths = paths_of(args, model.config)
+    if not paths:
+        block = max(1, n_layer // 4)
+        before = (n_layer - block) // 2
+        args.loop = [f"{before}-{block}x{visits}-{n_layer - block - before}" for visits in (1, 2, 3, 5)]
+        paths = paths_of(args, model.config)
+    for name, path in paths.items():
+        losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
+                           for stream, rows in checkpoint["heldout"].items())
         torch.manual_seed(args.seed)
-        text = continue_text(model, encoding, args.prompt, args.length, path, args.temperature)
-        print(f"\nrepeats {repeats}   depth {len(path)}   path {' '.join(map(str, path))}\n"
-              f"held-out loss: {losses}")
-        print(f"{args.prompt}|{text}")
+        text = complete(model, tokenizer, args.prompt, args.length, path, args.temperature)
+        print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}"
+              + (f"\nheld-out loss: {losses}" if losses else "") + f"\n{args.prompt}|{text}")
 
 
-def sweep(model, checkpoint, args):
-    """Held-out loss for every place of the block (rows) and number of repeats (columns)."""
-    n_layer = model.config.n_layer
-    for name, rows in checkpoint["heldout"].items():
-        print(f"\nheld-out {name} loss, block of {args.block}\n{'start':>7}" +
-              "".join(f"{f'repeats {r}':>12}" for r in args.repeats))
-        for start in range(n_layer - args.block + 1):
-            losses = [mean_loss(model, rows, loop_path(n_layer, start, args.block, r)) for r in args.repeats]
-            print(f"{start:>7}" + "".join(f"{loss:>12.4f}" for loss in losses))
+def show_scan(model, checkpoint, args):
+    """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
+    from evaluate import append_rows, examples_of, label_of, read_jsonl     # only here: they stand above this file
+    tokens, targets = examples_of(args, checkpoint, model.config.context)
+    kind = "loss" if args.data else args.by
+    # 1. what an earlier command has measured already, of the same model on the same examples
+    of = zlib.crc32(f"{args.visits} {args.by}".encode())
+    for x in (*model.state_dict().values(), tokens, targets):
+        of = zlib.crc32(x.cpu().numpy().tobytes(), of)
+    rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
+    if any(row.get("of") != of for row in rows):
+        raise ValueError(f"{args.rows} holds the scan of another model, other examples or other --visits")
+    n_layer, known = model.config.n_layer, {(row["start"], row["end"]) for row in rows}
+    cells = [(start, end) for start in range(n_layer) for end in range(start, n_layer) if (start, end) not in known]
+    # 2. each block; the gain is paired over the examples, of which the even ones choose and the odd ones report
+    measured = scan(model, tokens, targets, cells, args.visits)
+    _, plain_loss, plain_right = next(measured)
+    for (start, end), loss, right in tqdm(measured, total=len(cells), unit="block", disable=None):
+        gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()
+        chosen, chosen_se = paired(gain[::2])
+        reported, reported_se = paired(gain[1::2])
+        rows.append({"of": of, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
+                     "reported": reported, "reported_se": reported_se})
+        if args.rows:
+            append_rows(args.rows, rows[-1:])
+    # 3. the best
+    plain = (plain_loss if kind == "loss" else plain_right.float()).mean().item()
+    print(f"plain model: {kind} {plain:.4f} on {len(tokens)} examples. The blocks that gain most when visited "
+          f"{args.visits} times,\nchosen on one half of the examples, reported on the other (mean, standard error):")
+    print(f"{'loop':>14}  {'chosen':>17}  {'reported':>17}")
+    best = sorted(rows, key=lambda row: -row["chosen"])[:10]
+    for row in best:
+        row["loop"] = f"{row['start']}-{row['end'] - row['start'] + 1}x{args.visits}-{n_layer - row['end'] - 1}"
+        print(f"{row['loop']:>14}  {row['chosen']:>+8.4f} ±{row['chosen_se']:.4f}  "
+              f"{row['reported']:>+8.4f} ±{row['reported_se']:.4f}")
+    if args.results:
+        label, seed = label_of(args.model, checkpoint)
+        append_rows(args.results, [
+            {"table": f"scan: the best block visited {args.visits} times", "model": label + suffix, "seed": seed,
+             "run": args.model, "column": args.task, "value": value, "n": len(tokens) // 2, "loop": best[0]["loop"]}
+            for suffix, value in (("", plain), (" gain", best[0]["reported"]))])
+    if args.plot:
+        plot_scan(args.plot, rows, n_layer, f"gain in {kind} of {args.visits} visits")
+
+
+def plot_scan(file, rows, n_layer, title):
+    """A heat map: first layer of the block by last, the gain as the colour."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs the package: pip install matplotlib")
+    gains = torch.full((n_layer, n_layer), torch.nan)
+    for row in rows:
+        gains[row["start"], row["end"]] = (row["chosen"] + row["reported"]) / 2
+    most = gains.nan_to_num().abs().max().item()
+    figure = Figure(layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(gains, cmap="RdBu", vmin=-most, vmax=most, origin="lower")
+    axis.set(title=title, xlabel="last layer of the block", ylabel="first layer")
+    figure.colorbar(image)
+    save_atomically(file, lambda f: figure.savefig(f, format=os.path.splitext(file)[1][1:] or "png", dpi=150))
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_checkpoints(most=1)
-    parser.add_argument("--prompt", default="",
-                        help="text to continue (default: nothing, a document's beginning)")
-    parser.add_argument("--start", type=int, help="first layer of the looped block (default: a middle block)")
-    parser.add_argument("--block", type=int, default=2, help="layers per block (default: 2, as train.py's)")
-    parser.add_argument("--repeats", type=int, nargs="+",
-                        help="extra visits; 0 visits each layer once, also one that was trained to loop "
-                             "(default: 0 1 2 4)")
-    parser.add_argument("--sweep", action="store_true", help="table of held-out loss, start x repeats")
-    parser.add_argument("--unroll", metavar="FILE", help="save the model along its path, every visit untied; "
-                                                         "with one number of --repeats along that loop")
-    parser.add_argument("--export", metavar="DIR", help="the same as a Hugging Face directory")
-    # sampling
-    parser.add_argument("--length", type=at_least(1), default=48,
-                        help="length of the continuation (default: 48)")
-    parser.add_argument("--temperature", type=at_least(0, float), default=0.0,
-                        help="0 is greedy, so that runs compare (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, same for all repeats (default: 0)")
-    parser.add_device()
-    args = parser.parse_args()
-
-    model, checkpoint = load_checkpoint(args.checkpoints[0], args.device, args.tokens)
-    given = args.start is not None or args.repeats is not None
-    if args.start is None:
-        args.start = (model.config.n_layer - args.block) // 2
-    if args.unroll or args.export:
-        if given and len(args.repeats or []) != 1:
-            raise ValueError("--unroll and --export write one model: give one number of --repeats")
-        path = model.config.visits() if not given else loop_path(
-            model.config.n_layer, args.start, args.block, args.repeats[0])
-    if args.unroll:
-        save_derived(args.unroll, unroll(model, path), checkpoint)
-        print(f"saved {args.unroll}: {len(path)} layers from {model.config.n_layer}")
-    if args.export:
-        source = args.checkpoints[0] if os.path.isdir(args.checkpoints[0]) else None
-        export(model, args.export, path, source)
-        print(f"saved {args.export}: {len(path)} layers, " +
-              (f"with the tokenizer files of {source}" if source else "without its tokenizer"))
-        if model.config.separator is not None:
-            print("Llama has no mask between documents: give it one document at a time")
-    if args.unroll or args.export:
-        return
-    args.repeats = args.repeats or [0, 1, 2, 4]
-    if not checkpoint["heldout"] and args.sweep:
-        raise ValueError("the sweep needs held-out tokens: --tokens FILE.bin")
-    for repeats in args.repeats:        # every path is checked before the first is run
-        loop_path(model.config.n_layer, args.start, args.block, repeats)
-    (sweep if args.sweep else show)(model, checkpoint, args)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
+    add_path_options(parser)
+    # the demo
+    parser.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
+    parser.add_argument("--length", type=positive_int, default=48, help="tokens to write (default: 48)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, so that paths compare")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the built-in tasks (default: 0)")
+    # the scan
+    parser.add_argument("--scan", action="store_true", help="visit every block once more: which one helps?")
+    parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
+    parser.add_argument("--task", default="hops-2", help="what the scan asks: a task of evaluate.py "
+                                                         "(default: hops-2), or")
+    parser.add_argument("--data", metavar="FILE", help="the loss on text, or")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="questions and answers")
+    parser.add_argument("--by", choices=["accuracy", "loss"], default="accuracy",
+                        help="what a gain is: in exact answers, or in nats per token of them (text: always)")
+    parser.add_argument("-n", type=positive_int, default=200, help="examples, or rows of text (default: 200)")
+    parser.add_argument("--rows", metavar="FILE.jsonl", help="keep each block's row here, and go on from there")
+    parser.add_argument("--results", metavar="FILE", help="append the best block's gain, for evaluate.py --table")
+    parser.add_argument("--plot", metavar="FILE.png", help="a heat map of the scan (needs matplotlib)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
+    demo, asked = ("loop", "path", "prompt", "length", "temperature"), ("task", "data", "questions")
+    args, _ = read_options(parser, {"scan": demo, "data": ("task", "questions", "by"), "questions": ("task",),
+                                    "no scan": (*asked, "visits", "by", "n", "rows", "results", "plot")})
+    check_outputs([args.plot], [args.rows, args.results])
+    model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
+    (show_scan if args.scan else show)(model, checkpoint, args)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,31 @@
 A GPT that runs along a *path*: the list of layer indices in the order they are visited.
 
     plain model of 6 layers                        0 1 2 3 4 5
-    looping layers 2-3 once more                   0 1 2 3 2 3 4 5
-    leaving layer 4 out                            0 1 2 3 5
-    growing by duplicating layers 2-3 (grow.py)    the looped path, every visit with weights of its own
+    looping block 2-3 once more                    0 1 2 3 2 3 4 5
+    skipping layer 4                               0 1 2 3 5
+    growing by duplicating block 2-3 (grow.py)     the looped path, every visit with weights of its own
 
 The architecture is Llama's, as in SmolLM, the backbone of the paper's experiments: pre-norm RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropout.
 
     from model import GPT, GPTConfig
-    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, n_hidden=176,
-                          context=256))
-    logits, loss = model(tokens, targets)                            # the plain model
-    logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # layers 2-3 looped
+    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, d_ff=176, context=256))
+    logits, loss = model(tokens, targets)                                  # the plain model
+    logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # block 2-3 looped
+
+The last section is the only place that opens and saves models: checkpoints, tokenizers, Hugging Face.
 """
-import functools
-import json
+import argparse
+import dataclasses
+import io
 import os
 import pathlib
+import re
+import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -31,102 +38,85 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 50304
-    n_layer: int = 12           # stored layers; the depth is the length of the path
+    n_layer: int = 12               # stored layers; the depth is the length of the path
     n_head: int = 12
-    n_kv_head: int = 12         # fewer than n_head: grouped-query attention
+    n_kv_head: int = 12             # fewer than n_head: grouped-query attention
     n_embd: int = 768
-    n_hidden: int = 2048        # width of the MLP, about 8/3 n_embd for SwiGLU
+    d_ff: int = 2048                # width of the MLP, about 8/3 n_embd for SwiGLU
     context: int = 1024
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    tied: bool = True           # the output head shares its weights with the embedding
-    separator: int | None = None    # token that begins a document, past which no position attends
-    path: list | None = None    # order of visits; None is every layer once
+    tied: bool = True               # the output head shares its weights with the embedding
+    eot: int | None = None          # token that begins a document; no position attends past it
+    path: list | None = None        # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
+    rope_freqs: list | None = None  # rotary frequencies, where they are not those of rope_theta
+    hf_extra: dict | None = None    # what save_pretrained gives back to Hugging Face: scaled rope, special ids
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"n_embd {self.n_embd} must give each of {self.n_head} heads an even width")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if not self.rope_theta > 0 or not self.norm_eps > 0:
-            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
-        if self.init_depth is not None and self.init_depth < 1:
-            raise ValueError(f"init_depth must be above 0, not {self.init_depth}")
-        self.path = None if self.path is None else self.visits(self.path)
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        self.path = None if self.path is None else self.resolve_path(self.path)
 
-    def visits(self, path=None):
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    def resolve_path(self, path=None):
         """The given path, else the configured one, else every layer once -> list of ints. Raises ValueError
         when it is empty or names a layer that does not exist."""
         path = self.path if path is None else path
         path = [int(index) for index in (range(self.n_layer) if path is None else path)]
         if not path or not 0 <= min(path) <= max(path) < self.n_layer:
-            raise ValueError(f"a path is one visit or more of layers 0 to {self.n_layer - 1}, not {path}")
+            raise ValueError(f"expected a path of layers 0 to {self.n_layer - 1}, not {path}")
         return path
 
 
-def loop_path(n_layer, start, block, repeats):
-    """The path that visits layers start ... start + block - 1 `repeats` extra times; 0 is the plain model.
-
-    loop_path(6, 2, 2, 1) -> [0, 1, 2, 3, 2, 3, 4, 5]. Raises ValueError for a block outside the model.
-    """
-    if block < 1 or start < 0 or start + block > n_layer:
-        raise ValueError(f"no block of {block} layers at layer {start}: "
-                         f"the model has layers 0 to {n_layer - 1}")
-    if repeats < 0:
-        raise ValueError(f"repeats are the extra visits of the block, 0 or more, not {repeats}")
-    layers = list(range(n_layer))
-    return layers[:start] + layers[start:start + block] * (repeats + 1) + layers[start + block:]
-
-
-def rotate(x, cos, sin):
-    """Rotary positions, half-split as in HF's Llama. x (batch, head, time, width), cos (time, width / 2)."""
+def apply_rope(x, cos, sin):
+    """Rotary positions, half-split as in Hugging Face's Llama. x (B, heads, T, head_dim), cos (T, head_dim / 2)."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
-    """x (batch, time, n_embd) of the new positions; places: cos, sin and mask, of GPT.places; slot: this
-    visit's [keys, values] so far, each (batch, n_kv_head, seen, head width), to which the new are added."""
+    """Causal self-attention. kv_cache: this *visit's* keys and values, a view (2, B, n_kv_head, seen + T,
+    head_dim) whose last T positions are written here."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_width = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_width, bias=False)
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, places, slot=None):
+    def forward(self, x, rope_and_mask, kv_cache=None):
         B, T, C = x.shape
-        cos, sin, mask = places
-        qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, heads of q + k + v, T, width)
+        cos, sin, mask = rope_and_mask
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, q + k + v heads, T, head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if slot is not None:                    # the keys and values that this visit has seen so far
-            if slot:
-                k, v = torch.cat((slot[0], k), dim=2), torch.cat((slot[1], v), dim=2)
-            slot[:] = [k, v]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)             # (B, heads, T, head_dim)
+        if kv_cache is not None:
+            kv_cache[0, :, :, -T:], kv_cache[1, :, :, -T:] = k, v
+            k, v = kv_cache                                                 # (B, n_kv_head, seen + T, head_dim)
         if self.n_head != self.n_kv_head:       # not enable_gqa: with a mask, GPUs have a slow kernel only
             k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
-        self.proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.d_ff, bias=False)
+        self.proj = nn.Linear(config.d_ff, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.proj(F.silu(gate) * up)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)     # each (B, T, d_ff)
+        return self.proj(F.silu(gate) * up)             # (B, T, n_embd)
 
 
 class Layer(nn.Module):
@@ -139,26 +129,22 @@ class Layer(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, places, slot=None):
-        x = x + self.attn(self.norm1(x), places, slot)
+    def forward(self, x, rope_and_mask, kv_cache=None):
+        x = x + self.attn(self.norm1(x), rope_and_mask, kv_cache)       # (B, T, n_embd)
         return x + self.mlp(self.norm2(x))
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy in nats, in float32; a target of -1 is ignored. A module, so that it is compiled as
-    a layer is: logits of a large vocabulary are the largest tensor there is, then read and written less."""
+    """Mean cross-entropy in nats, in float32; a target of -1 is ignored. A module, so that it can be compiled
+    as a layer is: the logits of a large vocabulary are the largest tensor there is."""
 
     def forward(self, logits, targets):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def as_trained(module):
-    """Only training runs compiled code (module.compile()): evaluation, without gradients, has other shapes at
-    every call, each compiled anew. Layers share code: growth and paths recompile none."""
-    return module if torch.is_grad_enabled() else module.forward
-
-
 class GPT(nn.Module):
+    """Embedding, layers, norm and head. A copy needs GPTConfig, apply_rope, Attention, MLP, Layer and Loss."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -169,215 +155,413 @@ class GPT(nn.Module):
         self.loss = Loss()
         if config.tied:
             self.head.weight = self.embed.weight
-        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying was never
-        # learned with it. What is added to the residual stream is scaled down by the root of the number
-        # of additions, at the model's final depth, so that a copy has the scale of the model it grows into.
-        std, depth = config.n_embd ** -0.5, config.init_depth or len(config.visits())
+        self.init_weights()
+        exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+        freqs = torch.as_tensor(config.rope_freqs or config.rope_theta ** -exponents)
+        angles = torch.outer(torch.arange(config.context).float(), freqs)
+        self.register_buffer("cos", angles.cos(), persistent=False)     # (context, head_dim / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying is never learned.
+        # What is added to the residual stream is scaled down by the root of the number of additions, at the
+        # model's final depth, so that a copy has the scale of the model it grows into.
+        std, depth = self.config.n_embd ** -0.5, self.config.init_depth or len(self.config.resolve_path())
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
         # Rotary attention without biases can look one position back, whatever stands there, only along a
-        # direction that all embeddings share. Given one from the start, repeats are learned several times
-        # sooner; tied logits do not notice it, since it adds the same to each of them.
-        self.embed.weight.data += 2 * std * torch.randn(config.n_embd)
-        head_width = config.n_embd // config.n_head
-        frequency = config.rope_theta ** (-torch.arange(0, head_width, 2).float() / head_width)
-        angle = torch.outer(torch.arange(config.context).float(), frequency)   # (context, head width / 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # direction that all embeddings share. Tied logits do not see it: it adds the same to each of them.
+        self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
 
-    @classmethod
-    def from_huggingface(cls, folder):
-        """The model of a Hugging Face directory of Llama's architecture (SmolLM, TinyLlama, Llama), float32.
+    def rope_and_mask(self, tokens, seen=0):
+        """What attention has to know of the positions after the first `seen`.
 
-        Raises ValueError naming what this architecture does not have, or what is missing in the folder.
-        """
-        model, weights = cls(read_llama_config(folder)), read_llama_weights(folder)
-        names = llama_names(model.config)
-        try:
-            state = {ours: torch.cat([weights.pop(name).float() for name in names[ours]])
-                     for ours, _ in model.named_parameters()}
-            model.load_state_dict(state, strict=False)      # a tied head is the embedding
-        except KeyError as error:
-            raise ValueError(f"{folder} has no weights named {error}")
-        except (AttributeError, RuntimeError) as error:     # no tensors, or shapes that are not the config's
-            raise ValueError(f"{folder}: {one_line(error)}")
-        unread = [name for name in weights if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]
-        if unread:
-            raise ValueError(f"{folder} has weights that have no place here: {', '.join(unread[:3])}")
-        return model
-
-    def places(self, tokens, seen=0):
-        """What attention has to know of the positions behind the first `seen`.
-
-        -> cos, sin (time, head width / 2), and a mask (batch or 1, 1, time, seen + time) of the positions
-        that can be seen, or None where that is every earlier one.
+        tokens (B, T) -> cos, sin (T - seen, head_dim / 2), and a mask (B or 1, 1, T - seen, T) of the positions
+        that can be attended to, or None where that is every earlier one.
         """
         T, mask = tokens.shape[1], None
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
-        if self.config.separator is not None or 0 < seen < T - 1:
-            mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None]
-        if self.config.separator is not None:
-            document = (tokens == self.config.separator).cumsum(1)
-            mask = mask & (document[:, :, None] == document[:, None, :])
+        if self.config.eot is not None or 0 < seen < T - 1:
+            mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None]    # (1, T, T)
+        if self.config.eot is not None:
+            document = (tokens == self.config.eot).cumsum(1)                                # (B, T)
+            mask = mask & (document[:, :, None] == document[:, None, :])                    # (B, T, T)
         return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None, seen:]
 
-    def hidden(self, tokens, path=None, cache=None):
-        """The residual stream (batch, time, n_embd) behind the last norm; self.head turns it into logits.
+    def new_cache(self, path, batch, length):
+        """Room for the keys and values of every *visit*: a layer visited twice attends, on its second visit,
+        to what second visits wrote. -> (visits, 2, batch, n_kv_head, length, head_dim)"""
+        return self.embed.weight.new_empty(len(self.config.resolve_path(path)), 2, batch,
+                                           self.config.n_kv_head, length, self.config.head_dim)
 
-        cache: a list with one slot per *visit*, each an empty list at first. A layer visited twice has two:
-        its second visit attends to the keys of second visits. tokens are still all of them, but only those
-        that the cache has not seen are run: (batch, time - seen, n_embd).
+    def hidden(self, tokens, path=None, cache=None, seen=0):
+        """The residual stream (B, T, n_embd) after the last norm; self.head turns it into logits.
+
+        cache: of new_cache. tokens (B, T) are all of them, but only those after the first `seen`, which the
+        cache knows, are run and returned.
         """
-        path = self.config.visits(path)
-        seen = cache[0][0].shape[2] if cache and cache[0] else 0
-        if tokens.shape[1] <= seen:
-            raise ValueError(f"no token is new: {seen} are in the cache, which are to be given again")
-        places = self.places(tokens, seen)
-        x = self.embed(tokens[:, seen:])
-        for visit, index in enumerate(path):
-            x = as_trained(self.layers[index])(x, places, None if cache is None else cache[visit])
+        rope_and_mask = self.rope_and_mask(tokens, seen)
+        x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
+        for visit, index in enumerate(self.config.resolve_path(path)):
+            kv_cache = None if cache is None else cache[visit, :, :, :, :tokens.shape[1]]
+            x = self.layers[index](x, rope_and_mask, kv_cache)
         return self.norm(x)
 
     def forward(self, tokens, targets=None, path=None):
-        """tokens (batch, time) int64 -> logits, loss.
+        """tokens (B, T) int64 -> logits, loss.
 
-        With targets (batch, time; -1 is ignored): logits (batch, time, vocab_size) and their mean
-        cross-entropy in nats. Without: logits of the last position only, (batch, 1, vocab_size), and None.
-        path: layer indices in the order of the visits, in place of the configured one. Raises ValueError for
-        an empty path, an index that does not exist, or more tokens than the context.
+        With targets (B, T; -1 is ignored): logits (B, T, vocab_size) and their mean cross-entropy in nats.
+        Without: logits of the last position only, (B, 1, vocab_size), and None. path: layer indices in the
+        order of the visits, in place of the configured one. Raises ValueError for an empty path, a layer that
+        does not exist, or more tokens than the context.
         """
-        x = self.hidden(tokens, path)
+        x = self.hidden(tokens, path)                   # (B, T, n_embd)
         if targets is None:
             return self.head(x[:, -1:]), None
-        logits = self.head(x)
-        return logits, as_trained(self.loss)(logits, targets)
+        logits = self.head(x)                           # (B, T, vocab_size)
+        return logits, self.loss(logits, targets)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None,
                  use_cache=True):
-        """Continues tokens (batch, time) by up to max_new_tokens and returns all of them.
+        """Continues tokens (B, T) by up to max_new_tokens and returns all of them.
 
         temperature 0 is greedy. stop: a row that has this token is filled with it, and the call ends once
-        every row has it. Past the context, each step runs the last `context` tokens anew: all positions have
-        moved.
+        every row has it. Past the context, each step runs the last `context` tokens anew: all positions move.
         """
-        path = self.config.visits(path)
-        cache = [[] for _ in path]
-        done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        B, T = tokens.shape
+        cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
+        seen, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            if not use_cache or tokens.shape[1] > self.config.context:
-                cache = None
-            logits = self.head(self.hidden(tokens[:, -self.config.context:], path, cache)[:, -1]).float()
+            if cache is None or tokens.shape[1] > self.config.context:
+                cache, seen = None, 0
+            # 1. logits of the last position
+            logits = self.head(self.hidden(tokens[:, -self.config.context:], path, cache, seen)[:, -1]).float()
+            seen = tokens.shape[1]
+            # 2. the next token
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, float("-inf"))
-            if temperature < 1e-6:      # float32 cannot divide by much less
-                new = logits.argmax(-1, keepdim=True)
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)                                   # (B, 1)
             else:
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)          # (B, 1)
+            # 3. finished rows stay finished
             if stop is not None:
                 new = new.masked_fill(done, stop)
-                done |= new == stop
+                done = done | (new == stop)
             tokens = torch.cat((tokens, new), dim=1)
             if stop is not None and done.all():
                 break
         return tokens
 
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """A Llama of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3), by hub name or directory, in float32.
+        Raises ValueError naming what this architecture does not have."""
+        AutoConfig, AutoModel = import_transformers("AutoConfig", "AutoModelForCausalLM")
+        check_llama(AutoConfig.from_pretrained(name_or_dir))        # before the weights are fetched
+        try:
+            hf, info = AutoModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:      # safetensors and the hub have exceptions of their own
+            raise ValueError(f"{name_or_dir} cannot be read ({type(error).__name__}: {error})")
+        wrong = sorted(info["missing_keys"]) + [x for x in info["unexpected_keys"] if not x.endswith("inv_freq")]
+        if wrong:
+            raise ValueError(f"{name_or_dir} lacks weights, or has weights that its config does not: {wrong[0]}")
+        model, theirs = cls(config_from_llama(hf)), hf.state_dict()
+        for ours, p in model.named_parameters():
+            p.data.copy_(torch.cat([theirs.pop(name) for name in llama_names(ours)]))
+        assert not theirs.keys() - {"lm_head.weight"}, "weights that have no place here: another architecture"
+        return model
+
+    def save_pretrained(self, folder, path=None, dtype=torch.float32, files=None):
+        """Writes the model along a path, every visit untied, as a Hugging Face Llama directory, which
+        transformers, vLLM and llama.cpp open. files: {name: bytes} to write beside it, as a checkpoint's
+        tokenizer["files"]. Raises ValueError where the directory exists."""
+        LlamaConfig, Llama = import_transformers("LlamaConfig", "LlamaForCausalLM")
+        check_outputs([folder])
+        path = self.config.resolve_path(path)
+        hf = Llama(LlamaConfig(**llama_settings(self.config, len(path))))
+        state = {"lm_head.weight": self.head.weight}
+        for name, p in self.along(path).items():
+            parts = llama_names(name)
+            sizes = [hf.get_parameter(part).shape[0] for part in parts]
+            state |= zip(parts, p.detach().split(sizes))
+        hf.load_state_dict(state)
+        part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # renamed when whole
+        try:
+            hf.to(dtype).save_pretrained(part)
+            for name, content in (files or {}).items():
+                pathlib.Path(part, name).write_bytes(content)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def along(self, path):
+        """{name of a parameter in the model with one layer per visit of the path: the parameter it copies}"""
+        sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
+        for visit, index in enumerate(path):
+            for name, p in self.layers[index].named_parameters():
+                sources[f"layers.{visit}.{name}"] = p
+        return sources
+
 
 @torch.no_grad()
-def mean_loss(model, rows, path=None, batch=16):
-    """Mean cross-entropy (nats per token) on rows (n, time + 1) of token ids."""
-    device = model.embed.weight.device
+def estimate_loss(model, rows, path=None, batch=16):
+    """Mean cross-entropy (nats per token) on rows (n, T + 1) of token ids."""
     total = 0.0
     for part in rows.split(batch):
-        part = part.to(device).long()
+        part = part.to(model.embed.weight.device).long()                # (batch, T + 1)
         total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
     return total / len(rows)
 
 # -----------------------------------------------------------------------------
-# Hugging Face's Llama directories: the same architecture, with q, k, v and gate, up in matrices of their own
+# Hugging Face's names: the same architecture, with q, k, v and gate, up in matrices of their own
+
+def import_transformers(*names):
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("Hugging Face models need the package: pip install 'transformers>=5'")
+    transformers.utils.logging.disable_progress_bar()
+    return [getattr(transformers, name) for name in names]
+
 
 PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
          "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
          "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
-ONLY = {"model_type": ["llama"], "hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-        "pretraining_tp": [1], "sliding_window": [None], "partial_rotary_factor": [1.0],
-        "rope_type": ["default"], "quantization_config": [None]}        # what our layer can be
+TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+       "head.weight": "lm_head.weight"}
 
 
-def llama_names(config):
-    """{our parameter: [Llama's parameters, which it holds one above the other]}"""
-    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"],
-             "head.weight": ["lm_head.weight"]}
-    for i in range(config.n_layer):
-        for ours, theirs in PARTS.items():
-            names[f"layers.{i}.{ours}.weight"] = [f"model.layers.{i}.{name}.weight" for name in theirs]
-    return names
+def llama_names(name):
+    """Our parameter's name -> Llama's parameters, which it holds one above the other."""
+    if name in TOP:
+        return [TOP[name]]
+    _, index, ours = name.removesuffix(".weight").split(".", 2)
+    return [f"model.layers.{index}.{theirs}.weight" for theirs in PARTS[ours]]
 
 
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+def check_llama(hf):
+    """Raises ValueError naming a setting of a Hugging Face config that our layer does not have."""
+    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
+    for name, value in only.items():
+        if (given := getattr(hf, name, value)) != value:
+            raise ValueError(f"{name} {given!r} is not supported, only {value!r}")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    if head_dim * hf.num_attention_heads != hf.hidden_size:
+        raise ValueError(f"head_dim {head_dim} is not supported, only hidden_size / num_attention_heads")
 
 
-def read_json(folder, name):
+def config_from_llama(model):
+    """A loaded LlamaForCausalLM -> GPTConfig. Rotary frequencies are the model's own, so that Llama 3's scaled
+    rope works. Raises ValueError where they depend on the length or scale attention."""
+    hf, rope = model.config, model.model.rotary_emb
+    rope_type = hf.rope_parameters["rope_type"]
+    if rope_type in ("dynamic", "longrope") or rope.attention_scaling != 1:
+        raise ValueError(f"rope_type {rope_type!r} is not supported: its frequencies or scores change")
+    extra = {"rope_parameters": dict(hf.rope_parameters), "bos_token_id": hf.bos_token_id,
+             "eos_token_id": hf.eos_token_id, "pad_token_id": hf.pad_token_id}
+    return GPTConfig(
+        vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
+        n_kv_head=hf.num_key_value_heads, n_embd=hf.hidden_size, d_ff=hf.intermediate_size,
+        context=hf.max_position_embeddings, rope_theta=hf.rope_parameters["rope_theta"],
+        rope_freqs=rope.inv_freq.tolist(), norm_eps=hf.rms_norm_eps, tied=hf.tie_word_embeddings, hf_extra=extra)
+
+
+def llama_settings(config, depth):
+    """GPTConfig -> the arguments of LlamaConfig, for a model of `depth` untied layers."""
+    extra = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+             "bos_token_id": config.eot, "eos_token_id": config.eot}
+    return {"vocab_size": config.vocab_size, "num_hidden_layers": depth, "hidden_size": config.n_embd,
+            "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
+            "intermediate_size": config.d_ff, "max_position_embeddings": config.context,
+            "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, **(config.hf_extra or extra)}
+
+# -----------------------------------------------------------------------------
+# opening and saving: tokenizers, checkpoints, and what every script does at its start
+
+@dataclass
+class Tokenizer:
+    encode: Callable        # text -> list of token ids; names of special tokens mean those tokens
+    decode: Callable        # list of token ids -> text
+    eot: int                # the token that begins a document
+    n_vocab: int
+
+
+def get_tokenizer(spec):
+    """What a checkpoint has as its tokenizer -> Tokenizer.
+
+    spec: a name that tiktoken knows; {"words": list, "pattern": str} of evaluate.py's world; or
+    {"files": {name: bytes}} of a Hugging Face tokenizer. Raises ValueError where it is not to be had.
+    """
+    if spec is None:
+        raise ValueError("this model came without a tokenizer")
+    if not isinstance(spec, str):
+        return hf_tokenizer(spec["files"]) if "files" in spec else word_tokenizer(**spec)
+    import tiktoken
+    if spec not in tiktoken.list_encoding_names():
+        raise ValueError(f"no encoding {spec!r}: tiktoken knows {', '.join(tiktoken.list_encoding_names())}")
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return dict(**json.load(f))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{os.path.join(folder, name)} is not a JSON object")
+        encoding = tiktoken.get_encoding(spec)
+    except Exception as error:          # whatever the network stack raises: the cause is in the message
+        raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR to a "
+                         f"folder that holds it, named by its hash ({error})")
+    return Tokenizer(lambda text: encoding.encode(text, allowed_special="all"), encoding.decode,
+                     encoding.eot_token, encoding.n_vocab)
 
 
-def refuse_others(settings, only):
-    """Raises ValueError naming a setting that is none of the values that are supported."""
-    for name, values in only.items():
-        if settings.get(name, values[0]) not in values:
-            raise ValueError(f"{name} {settings[name]!r} is not supported, only {values[0]!r}")
+def word_tokenizer(words, pattern):
+    """One token a word, whatever space stands around it; the first of the words begins a document."""
+    ids = {word: i for i, word in enumerate(words)}
+
+    def encode(text):
+        pieces = [piece.replace(" ", "") for piece in re.findall(pattern, text)]
+        if unknown := [piece for piece in pieces if piece not in ids]:
+            raise ValueError(f"{unknown[0]!r} is not a word of the built-in world")
+        return [ids[piece] for piece in pieces]
+    return Tokenizer(encode, lambda tokens: " ".join(words[i] for i in tokens).replace(" \n ", "\n"), 0, len(words))
 
 
-def read_llama_config(folder):
-    """config.json -> GPTConfig. Raises ValueError naming a setting that is not supported."""
-    hf = {"model_type": None, "rope_theta": 10000.0, **read_json(folder, "config.json")}
+def hf_tokenizer(files):
+    """{name: bytes} of hf_files -> Tokenizer."""
+    AutoTokenizer, = import_transformers("AutoTokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            pathlib.Path(folder, name).write_bytes(content)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
+    # else end-of-text; the eos of a chat model ends a turn, not a document.
+    first = tokenizer("a")["input_ids"][0]
+    eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode,
+                     first if first in tokenizer.all_special_ids else eot, len(tokenizer))
+
+
+def hf_files(name_or_dir):
+    """The tokenizer, chat template and generation config of a Hugging Face model, or none -> {name: bytes}"""
+    AutoTokenizer, GenerationConfig = import_transformers("AutoTokenizer", "GenerationConfig")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in (AutoTokenizer, GenerationConfig):
+            try:
+                kind.from_pretrained(name_or_dir).save_pretrained(folder)
+            except (OSError, ValueError):       # it has none: losses can be measured, text needs one
+                pass
+        return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+
+
+def complete(model, tokenizer, text, length, path=None, temperature=0.0):
+    """What the model writes after a text that begins a document: up to `length` tokens -> text, which ends
+    where the document does. Raises ValueError when the text fills the context."""
+    tokens = [tokenizer.eot] + tokenizer.encode(text)
+    if len(tokens) > model.config.context:
+        raise ValueError(f"the prompt has {len(tokens)} tokens, the context {model.config.context}")
+    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
+                         stop=tokenizer.eot)[0, len(tokens):].tolist()
+    new = new[:new.index(tokenizer.eot)] if tokenizer.eot in new else new
+    return tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
+
+
+def save_atomically(file, write):
+    """Calls write(f) on a binary file that takes its name when whole: a crash leaves the old one or the new."""
+    part = f"{file}.{os.getpid()}.part"
     try:
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}    # transformers 5, or older
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        hf = {**hf, **rope, "rope_type": kind}
-        refuse_others(hf, ONLY)
-        config = GPTConfig(
-            vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"], n_embd=hf["hidden_size"],
-            n_hidden=hf["intermediate_size"], context=hf["max_position_embeddings"],
-            rope_theta=hf["rope_theta"], norm_eps=hf["rms_norm_eps"],
-            tied=hf.get("tie_word_embeddings", False))
-    except KeyError as error:
-        raise ValueError(f"{folder}: config.json has no {error}")
-    except (TypeError, AttributeError, ValueError) as error:    # also a text where a number belongs
-        raise ValueError(f"{folder}: config.json: {error}")
-    if (hf.get("head_dim") or config.n_embd // config.n_head) * config.n_head != config.n_embd:
-        raise ValueError(f"{folder}: head_dim {hf['head_dim']} is not supported, only hidden_size / heads")
-    return config
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
-def read_llama_weights(folder):
-    """All tensors of model*.safetensors, or else pytorch_model*.bin, one shard or many -> {name: tensor}."""
-    files = (sorted(pathlib.Path(folder).glob("model*.safetensors")) or
-             sorted(pathlib.Path(folder).glob("pytorch_model*.bin")))
-    if not files:
-        raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-    if files[0].suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError("reading .safetensors needs the package: pip install safetensors")
-    else:
-        load_file = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    weights = {}
-    for file in files:
-        try:
-            weights.update(load_file(file))
-        except OSError:
-            raise
-        except Exception as error:      # each format has exceptions of its own for a file that is cut short
-            raise ValueError(f"{file} cannot be read: {one_line(error)}")
-    return weights
+def save_checkpoint(file, model, **more):
+    """A dict of config, model (weights), tokenizer (a spec of get_tokenizer), heldout ({name: rows}), and what
+    train.py needs to go on. Only tensors, numbers, texts, lists and dicts: reading it runs no code."""
+    buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
+    torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict(), **more}, buffer)
+    save_atomically(file, lambda f: f.write(buffer.getbuffer()))
+
+
+def load_checkpoint(name, device="cpu"):
+    """A checkpoint file (.pt) of train.py or grow.py, or a Hugging Face name or directory -> model, checkpoint.
+    Raises ValueError, with the reason, for what is neither."""
+    if not name.endswith(".pt"):
+        if os.path.isfile(name) or os.path.exists(os.path.join(name, "ckpt.pt")):
+            raise ValueError(f"{name} is not a model: expected a .pt file or a Hugging Face name or directory")
+        model, files = GPT.from_pretrained(name), hf_files(name)
+        spec = {"files": files} if any(file.startswith("tokenizer") for file in files) else None
+        if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
+            raise ValueError(f"{name} has a tokenizer of more tokens than the model: resize its embeddings first")
+        return model.to(device), {"tokenizer": spec, "heldout": {}}
+    with open(name, "rb") as f:
+        data = io.BytesIO(f.read())         # first, so that what fails below is the content and not the disk
+    try:
+        checkpoint = torch.load(data, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:              # unpickling what is no checkpoint raises errors of every kind
+        raise ValueError(f"{name} is not a whole checkpoint of this project ({type(error).__name__}: {error})")
+    return model.to(device), checkpoint
+
+
+def check_outputs(new=(), rows=()):
+    """The rule for outputs: nothing is overwritten, and rows are appended to .jsonl files only. Raises ValueError."""
+    for file in new:
+        if file and os.path.exists(file):
+            raise ValueError(f"{file} exists: choose another name, or remove it")
+    for file in rows:
+        if file and not file.endswith(".jsonl"):
+            raise ValueError(f"{file}: rows go to a .jsonl file")
+
+
+def pick_device(text="auto"):
+    """auto, cuda, cuda:1, mps or cpu -> the device's name; auto takes the best one here."""
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways to say that there is none
+        raise ValueError(f"there is no device {text!r} here: cuda, mps or cpu")
+    return text
+
+
+def positive_int(text):
+    """A type for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def read_options(parser, conflicts):
+    """-> args, and the names that were given. conflicts: {name: names that mean nothing beside it}, where "no scan"
+    stands for a command without --scan. Raises ValueError for what would be ignored."""
+    args, unset = parser.parse_args(), object()
+    marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    for name, others in conflicts.items():
+        if (name.removeprefix("no ") in given) != name.startswith("no "):
+            for other in given.intersection(others):
+                goes = "goes only" if name.startswith("no ") else "does not go"
+                raise ValueError(f"--{other} {goes} with --{name.removeprefix('no ')}".replace("_", "-"))
+    return args, given
+
+
+def run_script(main):
+    """Runs a command. Bad input, or a disk that refuses, ends in one line and exit code 2; bugs keep their
+    traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # a model can write what the terminal cannot show
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)                               # as shells do

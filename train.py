@@ -1,13 +1,13 @@
 """
-The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning
-rate, and is cooled down at full depth on a mixture with math, as the models of the paper are.
+The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning rate,
+and is cooled down at full depth on a mixture with math, as the models of the paper are.
 
     python train.py                                   # the built-in world, LIDAS growth: minutes on two cores
     python train.py --method baseline                 # full depth from the first step
-    python train.py --method looped --loop 2-2x2-2    # trained with tied weights along a looped path
+    python train.py --loop 2-2x2-2                    # trained with tied weights along a looped path
     python train.py --resume                          # goes on after a crash as if there were none
-    python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop  # a run's second cooldown
-    python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine       # text of your own
+    python train.py --init out/lidas/stable.pt --loop 3-2x2-3 --out out/lidas-loop   # loops in the cooldown only
+    python train.py --data text.jsonl --math gsm8k_train.jsonl --out out/mine        # text of your own
     torchrun --nproc_per_node=2 train.py              # two GPUs
 
     LR  ___________________________
@@ -15,11 +15,11 @@ rate, and is cooled down at full depth on a mixture with math, as the models of 
       / 2  |  4   |   6    |   8   | \\         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
+import argparse
 import datetime
 import functools
 import gc
 import glob
-import hashlib
 import importlib.util
 import json
 import math
@@ -30,54 +30,46 @@ import sys
 import time
 import zlib
 
+# before torch is imported: on a busy machine threads that spin while they wait ran at a tenth of the speed
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluate
-from grow import (METHODS, Parser, at_least, checkpoint_of, constant_steps, flops_until, grow, grow_optimizer,
-                  learning_rate, load_checkpoint, peak_flops, run_script, save_atomically, save_checkpoint,
-                  stages, token_dtype, training_flops)
-from loop import continue_text, encode, load_encoding, parse_loop
-from model import GPT, GPTConfig, mean_loss
+from grow import METHODS, depth_schedule, grow, grow_optimizer
+from loop import parse_loop, parse_path
+from model import (GPT, GPTConfig, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
+                   read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream is an array of rows (n, context + 1) of token ids, memory-mapped from one cached token file
+# data: a stream gives row `number`, (context + 1) token ids; a batch is a pure function of (seed, step, rank)
 
-def cached_rows(args, encoding, key, produce):
-    """The rows (n, context + 1) of a token file beside --out, made by produce(write) if there is none yet."""
-    name, dtype = hashlib.sha256(repr(key).encode()).hexdigest()[:16], token_dtype(encoding)
-    # not .bin: that would be uint16 as --data
-    file = os.path.join(os.path.dirname(os.path.abspath(args.out)), "data", f"{name}.{dtype.__name__}")
-    if not os.path.exists(file):
-        save_atomically(file, lambda f: produce(f.write))
-    if os.path.getsize(file) == 0:
-        raise ValueError("there is no text in the files")
-    tokens = np.memmap(file, dtype=dtype, mode="r")
-    return tokens[:len(tokens) // (args.context + 1) * (args.context + 1)].reshape(-1, args.context + 1)
+def file_stream(args, tokenizer, name, files):
+    """Documents in files -> a stream of rows, permuted anew in each epoch; held-out rows; the tokens' checksum.
 
+    They are encoded once, into the run's folder. The last documents are held out: none is in both parts.
+    """
+    cache, width = os.path.join(args.out, f"{name}.tokens"), args.context + 1
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+    if not os.path.exists(cache):
+        parts = evaluate.encode_files(files, tokenizer, args.field)
+        save_atomically(cache, lambda f: [f.write(part.astype(dtype).tobytes()) for part in parts])
+    tokens = np.fromfile(cache, dtype) if os.path.getsize(cache) < width else np.memmap(cache, dtype, mode="r")
+    n_heldout = min(64, -(-len(tokens) // width // 20))
+    starts = np.flatnonzero(tokens[-n_heldout * width:] == tokenizer.eot)
+    cut = max(0, len(tokens) - n_heldout * width) + (starts[0] if len(starts) else 0)
+    rows = tokens[:cut // width * width].reshape(-1, width)
+    heldout = tokens[cut:][:(len(tokens) - cut) // width * width].reshape(-1, width)
+    if not len(rows) or not len(heldout):
+        raise ValueError(f"{' '.join(files)}: {len(tokens)} tokens are too few for training and held-out rows of "
+                         f"{width}; give more text or a smaller --context")
 
-def file_stream(args, encoding, files):
-    """-> training rows, held-out rows (the last 64, or the last twentieth of a small file)."""
-    stats = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
-    key = (stats, args.encoding, encoding.encode_ordinary(evaluate.__doc__))    # world's words can change
-    rows = cached_rows(args, encoding, key, lambda write: encode(files, encoding, write))
-    n_heldout = min(64, -(-len(rows) // 20))
-    if len(rows) - n_heldout < 1:
-        raise ValueError(f"{' '.join(files)}: too short for a context of {args.context} tokens, which needs "
-                         f"at least {2 * (args.context + 1)} of them; give more text or a smaller --context")
-    return rows[:-n_heldout], rows[-n_heldout:]
-
-
-def world_stream(args, encoding, stream, n):
-    """-> n training rows, 64 held-out rows of the built-in world."""
-    def rows(n, heldout):
-        def made(n):
-            return evaluate.world_rows(encoding, args.context, n, stream, heldout, seed=0).tobytes()
-        # the first rows in the key: another world or another encoding is another file
-        return cached_rows(args, encoding, (stream, n, heldout, made(8)), lambda write: write(made(n)))
-    return rows(n, False), rows(64, True)
+    def row(number):
+        epoch, place = divmod(number, len(rows))
+        return rows[permutation(len(rows), args.seed, epoch)[place]]
+    return row, torch.from_numpy(heldout.astype(np.int32)), zlib.crc32(tokens)
 
 
 @functools.lru_cache(maxsize=4)
@@ -85,390 +77,518 @@ def permutation(n, *seed):
     return np.random.default_rng(seed).permutation(n)
 
 
-def batch_of(streams, args, step, rank=0, world_size=1):
-    """streams: {"general": rows, "math": rows}, of (n, context + 1); math only where there is a --math-share.
-    Tokens and targets (batch / world_size, context) int64 of one rank at one step; a pure function of
-    (seed, step, rank), so that a resumed run sees the same rows. All ranks together make the batch of one.
+def open_streams(args, tokenizer):
+    """-> {"general": stream, "math": stream}, {"general": held-out rows, ...}, {"general": checksum, ...}"""
+    files, streams, heldout, data = {"general": args.data, "math": args.math}, {}, {}, {}
+    for name in files:
+        if files[name]:
+            streams[name], heldout[name], data[name] = file_stream(args, tokenizer, name, files[name])
+        elif not args.data:
+            row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
+            streams[name] = functools.partial(row, False, args.seed)
+            heldout[name] = torch.from_numpy(np.stack([row(True, 0, i) for i in range(64)]).astype(np.int32))
+            data[name] = zlib.crc32(streams[name](0), zlib.crc32(heldout[name].numpy()))
+    return streams, heldout, data
 
-    Each epoch of a stream permutes its rows anew. In the cooldown a row is math with chance --math-share.
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows. All
+    ranks together make the batch of one. In the cooldown a row is math with chance args.math_share."""
+
+    def __init__(self, streams, args, rank=0, world_size=1):
+        self.streams, self.args = streams, args
+        self.mine = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)
+
+    def __getitem__(self, step):
+        """-> (batch / world_size, context + 1) int64"""
+        args, constant = self.args, constant_steps(self.args)
+        share = args.math_share if step >= constant else 0.0
+        is_math, rows = np.random.default_rng((args.seed, step)).random(args.batch) < share, []
+        for i in self.mine:
+            # math is counted from the cooldown's first row on, so that none repeats within an epoch
+            name, first = ("math", constant) if is_math[i] else ("general", 0)
+            rows.append(self.streams[name]((step - first) * args.batch + i))
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+# -----------------------------------------------------------------------------
+# the schedule, and what it costs: functions of the step alone
+
+def constant_steps(args):
+    """Steps before the cooldown, warm-up included."""
+    return args.steps - round(args.steps * args.cooldown)
+
+
+def learning_rate(args, step):
+    """Warm-up over args.warmup steps from args.start on, constant args.lr, then linearly to zero over the share
+    args.cooldown of args.steps (SmolLM's trapezoid)."""
+    up = min(1.0, (step - args.start + 1) / max(1, args.warmup))
+    down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))
+    return args.lr * min(up, down)
+
+
+def training_flops(config, n_tokens, depth=None):
+    """Floating point operations to train on n_tokens: a backward pass counts as two forward passes.
+
+    Counted by *visit*, so that a looped layer costs as much as two layers. Per token and forward pass: 2 per weight
+    of a matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for
+    causal attention's two products.
     """
-    chance = args.math_share if step >= constant_steps(args) else 0.0
-    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < chance
-    rows = []
-    for i in range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size):
-        stream = streams["math" if is_math[i] else "general"]
-        epoch, place = divmod(step * args.batch + i, len(stream))
-        rows.append(stream[permutation(len(stream), args.seed, epoch)[place]])
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()      # else they are copied before they travel
+    depth = len(config.resolve_path()) if depth is None else depth
+    qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff
+    attention = 4 * config.n_embd * config.context // 2
+    return 3 * n_tokens * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
+
+
+def growth_plan(args):
+    """[(first step, depth), ...] of the whole run: one entry for a run that does not grow."""
+    if args.method not in METHODS:
+        return [(args.start, args.layers)]
+    return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
+
+
+def flops_left(args, config, step):
+    """Training FLOPs from this step to the end."""
+    plan, flops = growth_plan(args), 0
+    for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
+        flops += training_flops(config, max(0, end - max(start, step)) * args.batch * args.context, depth)
+    return flops
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
 
-def make_optimizer(model, args):
-    """AdamW, with decay on the matrices only: not on the gains of the norms."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+def build_model(args, tokenizer):
+    """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
+    torch.manual_seed(args.seed)
+    # a GPU's matrix products are fast for sizes that are multiples of 64
+    n_vocab = tokenizer.n_vocab if args.device == "cpu" else -(-tokenizer.n_vocab // 64) * 64
+    path = parse_loop(args.loop)[1] if args.loop else parse_path(args.path) if args.path else None
+    n_layer = max(path) + 1 if path else growth_plan(args)[0][1]
+    return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
+                         n_embd=args.width, d_ff=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
+                         init_depth=args.layers, eot=tokenizer.eot))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by five steps of Newton-Schulz (Jordan et al. 2024), with the size of an AdamW update,
+    so that both take one learning rate. torch.optim.Muon in float32, and matrices of one shape in one product: on a
+    CPU its bfloat16 is ten times slower."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                # 1. Nesterov's momentum
+                averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))   # (n, rows, columns)
+                # 2. all singular values towards 1
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+                x = x.mT if rows > columns else x
+                # 3. the update
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(params, list(x), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
+
+
+def make_optimizers(model, args):
+    """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
+    With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay},
+             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+    return [Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
+            torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def compiles(args):
-    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is
-    long enough to win the time back. Not on MPS."""
+    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is long
+    enough to win the time back. Not on MPS."""
     if args.compile != "auto":
         return args.compile == "on"
     if args.device == "cpu":
-        return args.steps >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
+        return args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
     return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
             and any(map(shutil.which, ("gcc", "clang", "cc", "cl"))))
 
 
-def prepare(model, compiled, distributed):
-    """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP.
-    The loss on a GPU only: on two cores it gains 2%, not worth other roundings than README's runs have."""
-    if compiled:
+def prepare(model, args):
+    """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP."""
+    if compiles(args):
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
         for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
             module.compile(dynamic=False)
-    if not distributed:
+    if not dist.is_initialized():
         return model
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def grow_by_one_block(model, optimizer, args):
-    """One stage of growth: the deeper model, and its optimizer with moments copied along the same path."""
-    path = METHODS[args.method](model.config.n_layer, args.block)
-    grown = grow(model, path)
-    new_optimizer = grow_optimizer(optimizer, make_optimizer(grown, args), model, grown, path)
-    return grown, new_optimizer, path
 
 # -----------------------------------------------------------------------------
 # arguments
 
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "width": 64, "heads": 2, "context": 256, "batch": 4, "steps": 6000},
-    "mps": {"layers": 8, "width": 128, "heads": 4, "context": 256, "batch": 8, "steps": 6000},
-    "cuda": {"layers": 16, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
+    "cpu": {"layers": 8, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 6000},
+    "mps": {"layers": 8, "width": 128, "heads": 4, "context": 192, "batch": 12, "steps": 6000},
+    "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
 }
-MAY_DIFFER = {"device", "compile"}                          # from the run that is resumed
-MAY_BRANCH = MAY_DIFFER | {"init", "loop", "math", "math_share", "lr", "seed"}      # from the run of --init
+OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
+GROWTH = ("block", "alpha")
+KEPT = ("lr", "steps", "batch", "context", "cooldown", "weight_decay", "math_share", "seed", "evals", "data", "math",
+        "field")                    # with --init, of the run that the model comes from
+CONFLICTS = {   # options that would be ignored: each with what has decided them
+    "init": ("method", "layers", *GROWTH, "width", "heads", "kv_heads", "encoding"),
+    "loop": ("path", "method", "layers", *GROWTH), "path": ("method", "layers", *GROWTH)}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # the model and how it gets its depth
+    parser.add_argument("--method", choices=["baseline", *METHODS],
+                        help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
+    parser.add_argument("--layers", type=positive_int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
+    parser.add_argument("--block", type=positive_int, help="layers a stage (default: 2; CUDA: 4, as the papers)")
+    parser.add_argument("--alpha", type=float, help="PROP-alpha, above 0: more steps later (default: 0, equal "
+                                                    "stages: a block must have learned something to be copied)")
+    parser.add_argument("--loop", metavar="E-LxK-D", help="train along a looped path: 2-2x2-2 visits the middle twice")
+    parser.add_argument("--path", help="train along any path: 0-3,2-5")
+    parser.add_argument("--width", type=positive_int, help="of the residual stream (default: 64; CUDA: 384)")
+    parser.add_argument("--heads", type=positive_int, help="each at least 32 wide (default: 2; CUDA: 6)")
+    parser.add_argument("--kv-heads", type=positive_int, help="fewer: grouped-query attention (default: as --heads)")
+    parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
+    # the schedule
+    parser.add_argument("--steps", type=positive_int, help="all of them (default: 6000, minutes; CUDA: 2000)")
+    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64)")
+    parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
+                                                "too late, at 0.002 late; with --init 0.0001)")
+    parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
+    parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
+    parser.add_argument("--weight-decay", type=float, default=0.01,
+                        help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
+    parser.add_argument("--seed", type=int, default=0, help="of the init, the text and its order (default: 0)")
+    # the data
+    parser.add_argument("--data", nargs="+", metavar="FILE",
+                        help=".txt, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
+    parser.add_argument("--math", nargs="+", metavar="FILE", help="for the cooldown (default: the world's)")
+    parser.add_argument("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
+    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75, with math)")
+    parser.add_argument("--encoding", help="a tiktoken name (default: gpt2 for files, the world's words without)")
+    # the run
+    parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its arguments")
+    parser.add_argument("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py, "
+                                                        "or a Hugging Face name or directory")
+    parser.add_argument("--evals", type=positive_int, default=20, help="log lines and checkpoints (default: 20)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best one here)")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="default: where it pays")
+    return parser
 
 
 def read_args():
-    parser = Parser(__doc__)
-    # the model and how it gets its depth
-    parser.add_argument("--method", default="lidas", choices=["baseline", *METHODS, "looped"],
-                        help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
-    parser.add_argument("--layers", type=int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
-    parser.add_argument("--block", type=at_least(1), default=2,
-                        help="layers a stage (default: 2; papers: 4 of 24)")
-    parser.add_argument("--loop", help="e-LxK-d: train along this looped path (default for --method looped: "
-                                       "the middle quarter twice, 2-2x2-2 for 8 layers)")
-    parser.add_argument("--alpha", type=at_least(0, float, above=True), default=1.0,
-                        help="PROP-alpha: more steps later (default: 1)")
-    parser.add_argument("--width", type=int, help="of the residual stream (default: 64; MPS: 128; CUDA: 384)")
-    parser.add_argument("--heads", type=int,
-                        help="each at least 32 wide, or nothing is copied (default: 2; MPS: 4; CUDA: 6)")
-    parser.add_argument("--kv-heads", type=int, help="fewer: grouped-query attention (default: as --heads)")
-    parser.add_argument("--context", type=int, help="tokens in a row (default: 256, 3 puzzles; CUDA: 512)")
-    # the schedule
-    parser.add_argument("--steps", type=at_least(1), help="all of them (default: 6000, minutes; CUDA: 2000)")
-    parser.add_argument("--batch", type=at_least(1),
-                        help="rows a step, over all GPUs (default: 4: many small steps learn sooner than few "
-                             "large ones; CUDA: 64)")
-    parser.add_argument("--lr", type=at_least(0, float, above=True), default=1.5e-3,
-                        help="at 0.001 copying, at 0.002 looking up came too late (default: 0.0015)")
-    parser.add_argument("--warmup", type=at_least(1), default=50,
-                        help="steps of rising learning rate (default: 50)")
-    parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
-    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.01,
-                        help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
-    parser.add_argument("--seed", type=at_least(0), default=0,
-                        help="of the init and the order of rows (default: 0)")
-    # the data
-    parser.add_argument("--data", nargs="+", help=".txt, .jsonl, .jsonl.gz, .bin (default: built-in world)")
-    parser.add_argument("--math", nargs="+", help="for the cooldown (default: the built-in world's math)")
-    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75: two steps "
-                                                         "are learned, little forgotten; 0 without math)")
-    parser.add_argument("--encoding", help="a tiktoken name, or world: 1,000 words, no download "
-                                           "(default: gpt2 for files)")
-    # the run
-    parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from --out's checkpoint, if it has one, with its arguments")
-    parser.add_argument("--init", metavar="stable.pt", help="only a cooldown, from a run's constant phase")
-    parser.add_argument("--evals", type=at_least(1), default=20,
-                        help="log lines and checkpoints (default: 20)")
-    parser.add_device()
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
-                        help="the layers (default: where it pays)")
-
-    args, model, checkpoint = parser.parse_args(), None, None
-    if args.init and not args.out:
-        raise ValueError("--init needs --out: a folder for this cooldown")
-    out = args.out or os.path.join("out", args.method)
+    """-> args, and the model and checkpoint that the run starts from, or None, None."""
+    parser, model, checkpoint = make_parser(), None, None
+    args, given = read_options(parser, CONFLICTS)
+    out = args.out or os.path.join("out", args.method or ("looped" if args.loop or args.path else "lidas"))
     latest = os.path.join(out, "ckpt.pt")
-    resume = args.resume and os.path.exists(latest)
-    if args.resume and not resume:
-        print(f"nothing to resume: there is no {latest} yet, so that the run starts")
-    elif not resume and os.path.exists(latest):
-        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    if source := latest if resume else args.init:   # its arguments are the defaults; what is given must fit
-        model, checkpoint = load_checkpoint(source)
-        saved = {k: v for k, v in checkpoint.get("args", {}).items() if k not in ("resume", "out")}
-        if not saved or "optimizer" not in checkpoint:
-            raise ValueError(f"{source} was not written by train.py")
-        if args.math and not resume and not saved["math_share"]:
-            saved["math_share"] = None                      # of a run that had no math
-        parser.set_defaults(**saved)
-        args = parser.parse_args()
-        may_change = MAY_DIFFER if resume else MAY_BRANCH
-        changed = [k for k in saved if getattr(args, k) != saved[k] and k not in may_change]
-        if changed:
-            raise ValueError(f"--{changed[0].replace('_', '-')} was {saved[changed[0]]} in that run "
-                             "and cannot change")
-        if not resume and checkpoint["step"] != constant_steps(args):
-            raise ValueError(f"{source} is at step {checkpoint['step']}, not at the end of the constant "
-                             "phase, as a run's stable.pt is")
-    else:
-        for key, value in SIZES.get(args.device.split(":")[0], SIZES["cpu"]).items():
-            if getattr(args, key) is None and not (key == "layers" and args.loop):
-                setattr(args, key, value)
-        if args.loop and args.method != "looped":
-            raise ValueError("--loop trains along a path from the first step with --method looped, or in a "
-                             "cooldown of its own with --init")
-    args.out, args.resume = out, resume
-    check(args)
+    if args.resume:
+        if not os.path.exists(latest):
+            runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(out)), "*", "ckpt.pt")))
+            raise ValueError(f"there is no run in {out}; runs: {', '.join(map(os.path.dirname, runs)) or 'none'}")
+        model, checkpoint = load_checkpoint(latest)
+        saved = checkpoint["args"]
+        for name in given - OF_THE_MACHINE:
+            if getattr(args, name) != saved[name]:
+                raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
+        args = argparse.Namespace(**{**saved, **{name: getattr(args, name) for name in given & OF_THE_MACHINE}})
+    elif args.init:
+        model, checkpoint = load_checkpoint(args.init)
+        if "optimizers" in checkpoint:           # its arguments are the defaults, and its steps are counted on
+            parser.set_defaults(**{name: checkpoint["args"][name] for name in KEPT}, warmup=0)
+            args = parser.parse_args()
+    if args.resume and "device" not in given and args.device.split(":")[0] not in ("cpu", pick_device()):
+        args.device = None                      # of another machine
+    args.out, args.device = out, pick_device(args.device or "auto")
+    if not args.resume:
+        complete_args(args, given, model, checkpoint)
+        check(args)
     return args, model, checkpoint
 
 
-def check(args):
-    """Fills in what follows from other arguments. Raises ValueError for what contradicts."""
-    for name, value in (("cooldown", args.cooldown), ("math-share", args.math_share or 0.0)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{name} is a share, from 0 to 1, not {value}")
-    if constant_steps(args) < 1:
-        raise ValueError("--steps less the cooldown must leave a step")
-    if args.method == "looped":
-        if not args.loop and args.layers < 3:
-            raise ValueError(f"--method looped needs 3 layers or more, not {args.layers}, or its own --loop")
-        quarter = max(1, (args.layers or 0) // 4)
-        others = (args.layers or 0) - 2 * quarter       # half of them before it
-        args.loop = args.loop or f"{others // 2}-{quarter}x2-{others - others // 2}"
-        depth = len(parse_loop(args.loop)[1])
-        if args.layers not in (None, depth) and not args.init:
-            raise ValueError(f"--loop {args.loop} is {depth} visits deep, "
-                             f"which contradicts --layers {args.layers}")
-        args.layers = args.layers or depth      # with --init, that of the constant phase
-    args.depth = len(parse_loop(args.loop)[1]) if args.loop else args.layers
-    stages(args)                                            # whole blocks, and steps for each stage
-    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    if args.math_share is None:
-        args.math_share = 0.0 if args.data and not args.math else 0.75
-    if args.math_share and args.data and not args.math:
+def complete_args(args, given, model, checkpoint):
+    """Defaults that depend on the device and on other arguments. Raises ValueError for options that do not apply."""
+    if args.method == "baseline" and given.intersection(GROWTH):
+        raise ValueError("--block and --alpha go with a --method that grows")
+    if "math_share" in given and args.data and not args.math:
         raise ValueError("--math-share needs --math FILE, where the math is taken from")
+    n_layer, path = parse_loop(args.loop) if args.loop else (None, parse_path(args.path) if args.path else None)
+    defaults = {"lr": 3e-3, "block": 2, "alpha": 0.0, "math_share": 0.0 if args.data and not args.math else 0.75,
+                **SIZES.get(args.device.split(":")[0], SIZES["cpu"])}
+    args.start = 0
+    if args.init:
+        if n_layer not in (None, model.config.n_layer):
+            raise ValueError(f"--loop {args.loop} is of {n_layer} layers, the model has {model.config.n_layer}")
+        if (args.context or 1) > model.config.context:
+            raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+        model.config.path = path and model.config.resolve_path(path) or model.config.path
+        args.method, args.layers = "init", len(model.config.resolve_path())
+        args.start = checkpoint["step"] if "optimizers" in checkpoint else 0
+        defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
+    elif path:
+        args.method, args.layers = "looped", len(path)
+    for name, value in {"method": "lidas", **defaults}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.kv_heads = args.kv_heads or args.heads
+
+
+def check(args):
+    """Raises ValueError for what cannot be, before anything is written."""
+    for name, low, high in (("cooldown", 0, 1), ("math_share", 0, 1), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9),
+                            ("weight_decay", 0, 1e3), ("alpha", 0, 1e3), ("seed", 0, 2 ** 32)):
+        if not low <= getattr(args, name) <= high:         # nan is refused as well
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
+    if args.start >= args.steps:
+        raise ValueError(f"that run has {args.start} steps already: give more --steps")
+    if constant_steps(args) < 1 and not args.init:
+        raise ValueError("--steps less the cooldown must leave a step")
+    growth_plan(args)                                       # whole blocks, and steps for each stage
     for file in (args.data or []) + (args.math or []):
-        if not os.path.isfile(file):
-            raise ValueError(f"there is no file {file}")
-    args.encoding = args.encoding or ("gpt2" if args.data else "world")
+        evaluate.check_text_file(file)
+
+# -----------------------------------------------------------------------------
+# what a run prints and keeps
+
+@torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
+def evaluation(model, heldout, tokenizer, args):
+    """Held-out losses, and, of the built-in world, the accuracy by hops -> {name: value}"""
+    row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}
+    if not args.data:
+        row |= evaluate.hops(model, tokenizer, n=64)
+    return row
 
 
-def open_streams(args, encoding):
-    """-> training rows of each stream, held-out rows of each stream."""
-    files, streams = {"general": args.data, "math": args.math}, {}
-    sizes = {"general": args.steps, "math": max(1, args.steps - constant_steps(args))}
-    for name in files:
-        if files[name]:
-            streams[name] = file_stream(args, encoding, files[name])
-        elif not args.data:     # the world writes as much as the run reads
-            streams[name] = world_stream(args, encoding, name, sizes[name] * args.batch)
-    return ({name: train for name, (train, _) in streams.items()},
-            {name: torch.from_numpy(heldout.astype(np.int32)) for name, (_, heldout) in streams.items()})
+def shown(row):
+    """A row as text: held-out losses, and hops 0, 1, 2 ... in percent."""
+    losses = "  ".join(f"{name.removeprefix('loss ')} {row[name]:.4f}" for name in row if name.startswith("loss "))
+    hops = " ".join(f"{100 * row[name]:.0f}" for name in row if name.startswith("hops-"))
+    return f"held-out {losses}" + (f"  hops 0.. {hops} %" if hops else "")
 
 
-def build(args, encoding):
-    n_layer, path = parse_loop(args.loop) if args.loop else (stages(args)[0][1], None)
-    torch.manual_seed(args.seed)
-    # a GPU's matrix products are fast for sizes that are multiples of 64
-    n_vocab = encoding.n_vocab if args.device == "cpu" else -(-encoding.n_vocab // 64) * 64
-    return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads,
-                         n_kv_head=args.kv_heads, n_embd=args.width,
-                         n_hidden=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
-                         init_depth=args.layers, separator=encoding.eot_token)).to(args.device)
+class Run:
+    """What a run prints, keeps and saves; on the first process only, where there are several."""
+
+    def __init__(self, args, model, checkpoint, tokenizer, heldout, kept):
+        self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
+        goes_on = checkpoint is not None and "optimizers" in checkpoint
+        self.step = checkpoint["step"] if goes_on else args.start
+        self.log, self.flops = (checkpoint["log"], checkpoint["flops"]) if goes_on else ([], 0)
+        self.total = self.flops + flops_left(args, model.config, self.step)
+        self.plain = training_flops(model.config, args.steps * args.batch * args.context, args.layers)
+        self.since = None                               # (step, time, FLOPs) of the last report
+
+    def report(self, model, step, loss=None):
+        """One line and one row of the log. loss: mean training loss since the last one. Raises ValueError when
+        training has gone wrong."""
+        row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, self.args),
+               "lr": learning_rate(self.args, step), "depth": len(model.config.resolve_path()),
+               "flops": self.flops, "flops_share": self.flops / self.plain}
+        if not all(math.isfinite(value) for value in row.values() if value is not None):
+            raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
+        line = f"step {step:>6}/{self.args.steps}  " + (f"loss {loss:.4f}  " if loss else "") + shown(row)
+        if self.since and step > self.since[0]:
+            seconds = time.perf_counter() - self.since[1]
+            row["tokens_per_second"] = (step - self.since[0]) * self.args.batch * self.args.context / seconds
+            rate = (self.flops - self.since[2]) / seconds
+            eta = datetime.timedelta(seconds=round((self.total - self.flops) / rate))
+            line += f"  {row['tokens_per_second'] / 1e3:.1f}k tok/s  ETA {eta}"
+        tqdm.write(f"{line}  depth {row['depth']}  FLOPs {self.flops / self.plain:.0%}")
+        self.log.append(row)
+        self.since = (step, time.perf_counter(), self.flops)
+
+    def grew(self, step, path, before, after):
+        self.log.append({"step": step, "growth": path, "before": before, "after": after})
+        tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}\n"
+                   f"    before: {shown(before)}\n    after:  {shown(after)}")
+
+    def save(self, name, model, optimizers, step):
+        out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(os.path.join(out, name), model, heldout=self.heldout, args=vars(self.args), step=step,
+                        log=self.log, flops=self.flops, optimizers=states, **self.kept)
+        save_atomically(os.path.join(out, "log.jsonl"),
+                        lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
+
+
+def own_folder(folder, resume):
+    """One run owns its folder: an OS lock, which ends with the process. -> the open file"""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, "lock"), "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process trains in {folder} right now")
+    if not resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+    if not resume:
+        for tokens in glob.glob(os.path.join(glob.escape(folder), "*.tokens")):
+            os.remove(tokens)           # of a run that ended before its first checkpoint, perhaps on other data
+    return file
+
+
+def set_up_processes(args):
+    """torchrun's variables -> rank, world_size"""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % world_size:
+        raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
+    if world_size > 1:
+        gpu = int(os.environ["LOCAL_RANK"])
+        if args.device == "cuda":
+            if gpu >= torch.cuda.device_count():
+                raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own")
+            torch.cuda.set_device(gpu)
+        # the others wait while the first one evaluates
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    return rank, world_size
 
 # -----------------------------------------------------------------------------
 
 def main():
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu, n_gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if 0 < gpu < n_gpu:
-        torch.cuda.set_device(gpu)          # what "cuda" means from here on
     args, model, checkpoint = read_args()
-    if args.batch % world_size:
-        raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
-    if world_size > 1:
-        args.device = args.device.split(":")[0]
-        if args.device == "cuda" and gpu >= n_gpu:
-            raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own: there are {n_gpu}")
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))     # the others wait for the encoding
+    rank, world_size = set_up_processes(args)
     torch.set_float32_matmul_precision("high")
-    say = tqdm.write if rank == 0 else lambda line: None
-
     # ---- the data
-    spec = checkpoint["encoding"] if checkpoint else args.encoding
-    spec = evaluate.world_words() if spec == "world" else spec
-    encoding = load_encoding(spec)
+    spec = checkpoint["tokenizer"] if checkpoint else args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+    tokenizer = get_tokenizer(spec)
+    if not args.data:
+        evaluate.check_context(tokenizer, args.context)
+    lock = own_folder(args.out, args.resume) if rank == 0 else None
     if rank > 0:
         dist.barrier()          # the first one writes the token files
-    streams, heldout = open_streams(args, encoding)
+    streams, heldout, data = open_streams(args, tokenizer)
     if rank == 0 and world_size > 1:
         dist.barrier()
-    data = {name: zlib.crc32(rows, zlib.crc32(heldout[name].numpy())) for name, rows in streams.items()}
-    changed = [name for name in data if checkpoint and data[name] != checkpoint.get("data", data).get(name)]
-    if "general" in changed or args.resume and changed:     # a second cooldown may have math of its own
+    # ---- the model, and its optimizer
+    model = (model or build_model(args, tokenizer)).to(args.device)
+    model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
+    optimizers = make_optimizers(model, args)
+    for optimizer, state in zip(optimizers, (checkpoint or {}).get("optimizers", [])):
+        optimizer.load_state_dict(state)
+    run = Run(args, model, checkpoint, tokenizer, heldout, {"tokenizer": spec, "data": data})
+    if args.resume and data != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
-
-    # ---- the model, new or as it was saved
-    start, log, growth = 0, [], []
-    if checkpoint is None:
-        model = build(args, encoding)
-    else:
-        start, log, growth = checkpoint["step"], checkpoint["log"], checkpoint["growth"]
-        if args.loop:           # with --init: from here on the middle block loops
-            n_layer, path = parse_loop(args.loop)
-            if n_layer != model.config.n_layer:
-                raise ValueError(f"--loop {args.loop} is of {n_layer} layers, "
-                                 f"the model has {model.config.n_layer}")
-            model.config.path = path
-    model.to(args.device)       # of this process
-    optimizer = make_optimizer(model, args)
-    if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    compiled, cuda = compiles(args), args.device.startswith("cuda")
-    training = prepare(model, compiled, world_size > 1)
-    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, cuda)
-    plan, peak = stages(args), peak_flops(args.device)
-    total = flops_until(args, model.config, args.steps)
-    plain = training_flops(model.config, args.steps * args.batch * args.context, path=range(args.depth))
-    say(f"{args.method}: depth {' -> '.join(str(depth) for _, depth in plan[:-1])}"
-        f"{f', looped {args.loop}' if args.loop else ''}, {args.steps} steps of {args.batch} x {args.context}"
-        f" tokens on {args.device}, layers {'' if compiled else 'not '}compiled, {total:.2e} FLOPs = "
-        f"{total / plain:.0%} of a plain model's of depth {args.depth}")
-
-    def save(name, step):
-        flops = flops_until(args, model.config, step)
-        save_checkpoint(os.path.join(args.out, name), checkpoint_of(
-            model, encoding=spec, heldout=heldout, data=data, args=vars(args), step=step, log=log,
-            growth=growth, optimizer=optimizer.state_dict(), flops=flops))
-        save_atomically(os.path.join(args.out, "log.jsonl"),
-                        lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in log))
-
-    def report(step, loss, seconds, n_steps):
-        """One line and one row of the log. Raises ValueError when training has gone wrong."""
-        losses = {name: mean_loss(model, rows) for name, rows in heldout.items()}
-        if not all(map(math.isfinite, [loss, *losses.values()])):
-            raise ValueError(f"the loss is not finite at step {step}: --resume goes on from the last good "
-                             f"checkpoint, but to the same end, so start anew with a lower --lr")
-        flops = flops_until(args, model.config, step)
-        rate = (flops - flops_until(args, model.config, step - n_steps)) / seconds if n_steps else 0.0
-        row = {"step": step, "loss": loss, **{f"loss {name}": value for name, value in losses.items()},
-               "lr": learning_rate(args, step), "depth": len(model.config.visits()),
-               "flops": flops, "flops_share": flops / plain,
-               "tokens_per_second": n_steps * args.batch * args.context / seconds}
-        if peak:
-            row["mfu"] = rate / peak / world_size
-        log.append(row)
-        eta = datetime.timedelta(seconds=round((total - flops) / rate)) if rate else "-"
-        say(f"step {step:>6}/{args.steps} {step / args.steps:>4.0%}  loss {loss:.4f}  held-out " +
-            "  ".join(f"{name} {value:.4f}" for name, value in losses.items()) +
-            f"  lr {row['lr']:.1e}  depth {row['depth']}  {row['tokens_per_second'] / 1e3:.1f}k tok/s" +
-            (f"  MFU {row['mfu']:.0%}" if peak else "") +
-            f"  FLOPs {flops:.2e} ({flops / plain:.0%})  ETA {eta}")
-
-    # ---- training
-    constant = constant_steps(args)
-    growing = {step for step, _ in plan[1:-1]}
-    reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
-    signals = []
-
-    def on_signal(number, frame):       # the second one ends the program at once
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # the others wait for the first one: were each to stop at its own step, some would wait for ever
-        signal.signal(number, on_signal if rank == 0 else signal.SIG_IGN)
-
-    if rank == 0 and not log:
-        report(0, mean_loss(model, heldout["general"]), 1.0, 0)
-    if rank == 0 and not args.resume:
-        save("ckpt.pt", start)          # an unwritable --out is noticed now
     if rank == 0:
-        for part in glob.glob(os.path.join(glob.escape(args.out), "*.[0-9]*.part")):
-            os.remove(part)             # of a run that was killed while it wrote
-    loss_sum, since = 0.0, start
-    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, disable=rank > 0 or None,
-                     unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
-        tokens, targets = ((x.pin_memory() if cuda else x).to(args.device, non_blocking=True)
-                           for x in batch_of(streams, args, step, rank, world_size))
-        with autocast:
-            loss = training(tokens, targets)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_sum += loss.detach()       # stays on the device: the loop waits for it at the log lines only
-        del loss                        # its graph would hold the parameters that growth replaces
-
-        done = step + 1
-        if step == start:
-            clock = time.perf_counter()     # not before: the first step compiles, which is no part of speed
-        if done in growing:
-            before = mean_loss(model, heldout["general"])
-            model, optimizer, path = grow_by_one_block(model, optimizer, args)
-            training = prepare(model, compiled, world_size > 1)
-            gc.collect()        # compiled layers refer to themselves: the small model's would stay for long
-            after = mean_loss(model, heldout["general"])
-            growth = growth + [{"step": done, "path": path}]
-            log.append({"step": done, "growth": path, "loss before": before, "loss after": after})
-            say(f"step {done:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: held-out "
-                f"general loss {before:.4f} before, {after:.4f} after")
-        if rank == 0 and (done in reporting or signals):
-            report(done, float(loss_sum) / (done - since), time.perf_counter() - clock,
-                   done - max(since, start + 1))
-            if done == constant:        # first, since a run that has the other one does not come here again
-                save("stable.pt", done)
-            save("ckpt.pt", done)
-            loss_sum, since, clock = 0.0, done, time.perf_counter()
-        if signals:
-            say(f"stopped at step {done}; go on with the same command and --resume (--out {args.out})")
-            sys.exit(128 + signals[0])
-
-    # ---- the end
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)       # all is saved
+        announce(args, run, model, checkpoint)
+    model = train(run, model, optimizers, Batches(streams, args, rank, world_size), rank)
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
-        finish(model, args, encoding)
+        finish(model, args, tokenizer)
+    lock and lock.close()
 
 
-def finish(model, args, encoding):
+def announce(args, run, model, checkpoint):
+    """The first line of a run: what it is, and what it costs."""
+    depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
+    if checkpoint and "optimizers" not in checkpoint:
+        tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
+    looped = f", along {' '.join(map(str, model.config.path))}" if model.config.path else ""
+    tqdm.write(f"{args.method}: depth {depths}{looped}, {args.steps - run.step} steps of {args.batch} x {args.context}"
+               f" tokens on {args.device}, layers {'' if compiles(args) else 'not '}compiled, {run.total:.2e} FLOPs ="
+               f" {run.total / run.plain:.0%} of a plain model's of depth {args.layers}")
+
+
+def train(run, model, optimizers, batches, rank):
+    """The loop. -> the model, which growth has replaced."""
+    args, cuda, first = run.args, run.args.device.startswith("cuda"), rank == 0
+    growth, constant = dict(growth_plan(args)[1:]), constant_steps(args)
+    reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
+    workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 2 ** 13 else 0
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, args.steps),
+                                         num_workers=workers, pin_memory=cuda)
+    training, losses, signals = prepare(model, args), [], catch_signals(first)
+    if first and not args.resume:
+        run.report(model, run.step)
+        run.save("ckpt.pt", model, optimizers, run.step)         # an unwritable --out is noticed now
+    for step, rows in zip(tqdm(loader.sampler, unit="step", disable=not first or None), loader):
+        # 1. the learning rate of this step
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, step)
+        # 2. forward and backward
+        rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
+        with autocast:
+            loss = training(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1]
+        loss.backward()
+        # 3. the update
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
+        del loss                                # its graph would hold the parameters that growth replaces
+        run.flops += training_flops(model.config, args.batch * args.context)
+        done = step + 1
+        # 4. grow: duplicate a block, and the optimizer's moments with it
+        if done in growth:
+            before = evaluation(model, run.heldout, run.tokenizer, args) if first else None
+            path = METHODS[args.method](model.config.n_layer, args.block)
+            grown = grow(model, path)
+            optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
+            model, training = grown, prepare(grown, args)
+            gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
+            if first:
+                run.grew(done, path, before, evaluation(model, run.heldout, run.tokenizer, args))
+        # 5. report and save
+        if first and (done in reporting or signals):
+            run.report(model, done, torch.stack(losses).mean().item())
+            losses.clear()
+            if done == constant:                # first: a run that has ckpt.pt does not come here again
+                run.save("stable.pt", model, optimizers, done)
+            run.save("ckpt.pt", model, optimizers, done)
+        if signals:
+            tqdm.write(f"stopped at step {done}; go on with --resume --out {args.out}")
+            sys.exit(128 + signals[0])
+    return model
+
+
+def catch_signals(first):
+    """Ctrl-C and SIGTERM end a run after the step, saved; a second one ends it at once. -> list of those received"""
+    signals = []
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # the other processes wait for the first one: were each to stop at its own step, some would wait for ever
+        signal.signal(number, on_signal if first else signal.SIG_IGN)
+    return signals
+
+
+def finish(model, args, tokenizer):
     """A sample, the accuracies on a few tasks, and what to run next."""
     torch.manual_seed(args.seed)
-    print("\na sample:\n" + continue_text(model, encoding, "", 80, temperature=0.8))
+    print("\na sample:\n" + complete(model, tokenizer, "", 80, temperature=0.8))
     if not args.data:
         print("\nright, of 200 held-out questions (chance in brackets):")
         for task in evaluate.TASKS_AT_THE_END:
-            try:
-                score = evaluate.accuracy(model, encoding, task)
-                print(f"  {task:<14} {score['value']:>6.1%} ({score['chance']:.0%})")
-            except ValueError as error:         # a short context
-                print(f"  {error}")
+            score = evaluate.accuracy(model, tokenizer, task)
+            print(f"  {task:<14} {score['value']:>6.1%} ({score['chance']:.0%})")
     file = os.path.join(args.out, "ckpt.pt")
-    print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file} --sweep\n"
+    print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file}\n"
           f"  python signatures.py {file}")
 
 

@@ -1,33 +1,31 @@
 """
 Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
 
-    python tests/bench.py                   # 8 layers x 128 wide x 128 context: 1 to 2 minutes on two cores
-    python tests/bench.py --shape gpt2 --batch 64               # GPT-2 small's shape, a GPU: 80 seconds
-    python tests/bench.py --shape gpt2 --batch 1 --repeats 3    # the same on two cores: 13 to 20 minutes
+    python tests/bench.py                                       # 8 layers x 128 wide: minutes on two cores
+    python tests/bench.py --shape gpt2 --device cuda --batch 64     # GPT-2 small's shape, a GPU
+    python tests/bench.py --shape smollm --only generate scan       # SmolLM2-135M's
 """
 import argparse
 import os
 import sys
+import tempfile
 import time
+from argparse import Namespace
 
-import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from grow import default_device, peak_flops, training_flops  # noqa: E402
-from loop import loop_path  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from loop import loop_path, scan  # noqa: E402
+from model import GPT, GPTConfig, pick_device  # noqa: E402
 from signatures import all_signatures  # noqa: E402
-from train import batch_of, prepare  # noqa: E402
+from train import make_optimizers, prepare  # noqa: E402
 
-SHAPES = {
-    "small": dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, n_hidden=344, context=128),
-    "gpt2": dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048,
-                 context=1024),
-}
+SHAPES = {"small": dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, d_ff=344, context=512),
+          "gpt2": dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, d_ff=2048, context=1024),
+          "smollm": dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, d_ff=1536, context=2048)}
 
 
-def seconds(device, repeats, *functions, warmup=2):
+def seconds(device, repeats, functions, warmup=2):
     """Median time of a call of each, after some that warm up; in turn, as a machine's speed drifts."""
     times = [[] for _ in functions]
     for _ in range(warmup + repeats):
@@ -40,69 +38,98 @@ def seconds(device, repeats, *functions, warmup=2):
     return [sorted(taken[warmup:])[repeats // 2] for taken in times]
 
 
-def training_step(shape, batch, device, compiled, fused, separator=None):
-    torch.manual_seed(0)
-    config = GPTConfig(**shape, separator=separator)
-    model = GPT(config).to(device)
-    run = torch.compile(model) if compiled == "model" else prepare(model, compiled == "layer", False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    tokens = torch.randint(config.vocab_size, (batch, config.context), device=device)
+def add(what, unit, count, names, times):
+    """One line for each; the last column is the speed as a multiple of the first one's."""
+    for name, taken in zip(names, times):
+        print(f"{what:<30} {name:<26} {count / taken:>14,.2f} {unit}/s {times[0] / taken:>8.2f}x", flush=True)
+
+
+def training_step(config, args, compile, adamw=False):
+    model = GPT(config).to(args.device)
+    run = prepare(model, Namespace(compile=compile, device=args.device))
+    optimizers = ([torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)] if adamw
+                  else make_optimizers(model, Namespace(lr=1e-3, weight_decay=0.01)))
+    tokens = torch.randint(config.vocab_size, (args.batch, config.context), device=args.device)
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             loss = run(tokens, tokens)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return step
 
 
+def train(config, args):
+    documents = GPTConfig(**{**vars(config), "eot": 0})
+    steps = {"eager": (config, args, "off"), "layers compiled": (config, args, "on"),
+             "the same, with documents": (documents, args, "on"), "the same, AdamW alone": (documents, args, "on", True)}
+    add("training step", "tokens", args.batch * config.context, steps,
+        seconds(args.device, args.repeats, [training_step(*how) for how in steps.values()]))
+
+
+def generate(config, args):
+    """One row and eight, the same weights in transformers, greedy; and along a loop."""
+    from transformers import AutoModelForCausalLM
+    model = GPT(config).to(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/hf")
+        hf = AutoModelForCausalLM.from_pretrained(f"{folder}/hf").to(args.device).eval()
+    looped, new = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1), min(args.new, config.context - 16)
+    for batch in (1, 8):
+        prompt = torch.randint(config.vocab_size, (batch, 16), device=args.device)
+
+        def theirs():
+            return hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
+                               do_sample=False, eos_token_id=None, pad_token_id=0)
+        ours = [theirs, lambda: model.generate(prompt, new, temperature=0),
+                lambda: model.generate(prompt, new, looped, temperature=0),
+                lambda: model.generate(prompt, new, temperature=0, use_cache=False)][:4 if batch == 1 else 3]
+        if not torch.equal(theirs(), ours[1]()):
+            print("not the same tokens: rounding, or a mistake")
+        names = ["transformers", "ours", "ours, two layers looped", "ours, no cache"]
+        add(f"generation, {batch} a batch", "tokens", batch * new, names, seconds(args.device, 3, ours, warmup=1))
+
+
+def scans(config, args):
+    """Every block once more on 64 rows of 256 tokens: as loop.py --scan, and each path from the start."""
+    model = GPT(config).to(args.device)
+    rows = torch.randint(config.vocab_size, (args.rows, min(257, config.context)))
+    cells = [(a, b) for a in range(config.n_layer) for b in range(a, config.n_layer)]
+    some = cells[::max(1, len(cells) // 12)]            # of the slow way, a sample
+
+    def slowly():
+        for a, b in some:
+            path = loop_path(config.n_layer, a, b - a + 1, 1)
+            with torch.no_grad():
+                for part in rows.to(args.device).split(8):
+                    model(part[:, :-1], part[:, 1:].contiguous(), path)
+    slow, = seconds(args.device, 1, [slowly], warmup=0)
+    fast, = seconds(args.device, 1, [lambda: list(scan(model, rows[:, :-1], rows[:, 1:], cells))], warmup=0)
+    add(f"scan of {len(cells)} blocks", "blocks", len(cells), ["each from the start", "loop.py --scan"],
+        [slow * len(cells) / len(some), fast])
+    add("all signatures, 8 rows of 128", "calls", 1, ["signatures.py"], seconds(
+        args.device, 1, [lambda: all_signatures(model, rows[:8, :129], 2)], warmup=0))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, default=16, help="rows in a training step (default: 16)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls, of which the median is shown")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default=default_device())
+    parser.add_argument("--batch", type=int, default=8, help="rows in a training step (default: 8)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps (default: 9)")
+    parser.add_argument("--new", type=int, default=256, help="tokens to generate (default: 256)")
+    parser.add_argument("--rows", type=int, default=64, help="of 256 tokens, for the scan (default: 64)")
+    parser.add_argument("--only", nargs="+", choices=["train", "generate", "scan"], default=["train", "generate", "scan"])
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    shape, batch, device = SHAPES[args.shape], args.batch, args.device
-    config = GPTConfig(**shape)
-    device_name = torch.cuda.get_device_name() if device == "cuda" else device
-    print(f"{args.shape} on {device_name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"batch {batch}")
-
-    print(f"\n{'training step':<36}{'tokens/s':>12}{'MFU':>8}")
-    peak, variants = peak_flops(device), {
-        "eager, AdamW not fused": (None, False), "eager": (None, True), "layers compiled": ("layer", True),
-        "the same, with documents (train.py)": ("layer", True, 0), "model compiled": ("model", True)}
-    steps = [training_step(shape, batch, device, *how) for how in variants.values()]
-    for name, step_time in zip(variants, seconds(device, args.repeats, *steps)):
-        rate = batch * config.context / step_time
-        mfu = f"{training_flops(config, rate) / peak:.0%}" if peak else "-"
-        print(f"{name:<36}{rate:>12,.0f}{mfu:>8}", flush=True)
-    stream = np.zeros((10_000, config.context + 1), dtype=np.uint16)
-    run = argparse.Namespace(batch=batch, steps=10_000, cooldown=0.2, math_share=0.5, seed=0)
-    time_taken, = seconds(device, 100, lambda: batch_of({"general": stream, "math": stream}, run, 9_000))
-    print(f"making its batch: {time_taken * 1e3:.2f} ms, "
-          f"{time_taken * rate / (batch * config.context):.2%} of the last of these steps")
-
-    config = GPTConfig(**{**shape, "context": max(512, config.context)})
-    model = GPT(config).to(device)
-    looped = loop_path(config.n_layer, config.n_layer // 2 - 1, 2, 1)
-    print(f"\n{'generation to 512 tokens':<36}{'tokens/s':>12}{'last 16':>10}")
-    for name, path, cache in (("plain, cached", None, True), ("plain, not cached", None, False),
-                              ("looped, cached", looped, True), ("looped, not cached", looped, False)):
-        def taken(prompt, new):
-            prompt = torch.zeros(1, prompt, dtype=torch.long, device=device)
-            return seconds(device, 1, lambda: model.generate(prompt, new, path, use_cache=cache), warmup=0)[0]
-        taken(16, 4)
-        print(f"{name:<36}{496 / taken(16, 496):>12,.1f}{16 / (taken(496, 17) - taken(496, 1)):>10,.1f}",
-              flush=True)
-
-    rows = torch.randint(config.vocab_size, (8, 129))
-    time_taken, = seconds(device, 1, lambda: all_signatures(model, rows, 2), warmup=0)
-    print(f"\nall signatures, 8 rows of 128 tokens: {time_taken:.1f} s")
+    args.device, config = pick_device(args.device), GPTConfig(**SHAPES[args.shape])
+    torch.set_float32_matmul_precision("high")
+    print(f"{args.shape}, {torch.cuda.get_device_name() if args.device == 'cuda' else args.device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch}\n")
+    for name in args.only:
+        {"train": train, "generate": generate, "scan": scans}[name](config, args)
 
 
 if __name__ == "__main__":

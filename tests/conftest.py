@@ -9,23 +9,38 @@ import types
 from unittest import mock
 
 import pytest
+import tiktoken
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+os.environ["HF_HUB_OFFLINE"] = "1"          # no test asks the network
 torch.set_num_threads(1)
 
-from grow import run_script  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from model import GPT, GPTConfig, complete, estimate_loss, load_checkpoint, run_script  # noqa: E402
 
-SIZE = dict(vocab_size=61, n_layer=6, n_head=4, n_kv_head=2, n_embd=32, n_hidden=40, context=24)
+# most of a tiny run would be its evaluations
+evaluate.HOPS, evaluate.TASKS_AT_THE_END = evaluate.HOPS[:2], ["hops-0"]
+evaluate.hops = (lambda hops: lambda model, tokenizer, n=2: hops(model, tokenizer, 2))(evaluate.hops)
+train.estimate_loss = lambda model, rows, *more: estimate_loss(model, rows[:4], *more)
+train.complete = lambda model, tokenizer, text, length, **more: complete(model, tokenizer, text, 4, **more)
+
+
+def optional(package):
+    """A package that a user may lack. In CI a skip would hide that nothing was tested: there it is an error."""
+    return importlib.import_module(package) if os.environ.get("NO_SKIPS") else pytest.importorskip(package)
+
+
+SIZE = dict(vocab_size=61, n_layer=6, n_head=4, n_kv_head=2, n_embd=32, d_ff=40, context=24)
 
 
 def tiny_model(seed=0, **changes):
     """A model whose init is large enough that every layer and every visit changes what is generated."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**SIZE, **changes}))
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.data.normal_(std=0.3) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
     return model.eval()
 
@@ -35,8 +50,8 @@ def some_tokens(batch=3, time=20, seed=1, vocab_size=61):
 
 
 def script(name, *arguments):
-    """What `python SCRIPT ...` does -> returncode, stdout, stderr; in this process, since importing torch
-    takes longer than most commands do."""
+    """What `python SCRIPT ...` does -> returncode, stdout, stderr, errors (lines); in this process, since
+    importing torch takes longer than most commands do."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     handlers, code = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
     with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
@@ -48,17 +63,56 @@ def script(name, *arguments):
     for number, handler in handlers.items():        # train.py's would swallow the Ctrl-C that stops pytest
         signal.signal(number, handler)
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
-    return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
+    return types.SimpleNamespace(returncode=code, stdout=out, stderr=err,
+                                 errors=[line for line in err.splitlines() if "error:" in line])
 
 
-TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 48, "--batch", 4,
-            "--steps", 30, "--evals", 3, "--device", "cpu"]
+def works(*command):
+    result = script(*command)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refused(message, *command):
+    """A mistake of the user's ends in exit code 2 and one line that says what is wrong."""
+    result = script(*command)
+    assert result.returncode == 2 and len(result.errors) == 1 and message in result.errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def same(one, other):
+    """Whether two checkpoints (files or dicts), or what is in them, are equal to the bit."""
+    if isinstance(one, (str, os.PathLike)):
+        one, other = (load_checkpoint(str(file))[1]["model"] for file in (one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 128, "--batch", 2,
+            "--steps", 30, "--warmup", 5, "--evals", 3, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of one tiny run: grows 2 -> 4 -> 6, cools down with math; ckpt.pt, stable.pt, log.jsonl."""
     out = tmp_path_factory.mktemp("trained") / "lidas"
-    result = script("train.py", *TINY_RUN, "--out", out)
-    assert result.returncode == 0, result.stderr
+    works("train.py", *TINY_RUN, "--out", out)
     return out
+
+
+@pytest.fixture
+def bytes_for_gpt2(monkeypatch):
+    """GPT-2's encoding is downloaded: here, every byte is a token."""
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+
+
+def written(file, content):
+    """A file with this text, or these bytes."""
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file

@@ -1,254 +1,202 @@
-"""Hugging Face's Llama directories, read and written: against transformers where it is installed."""
+"""Llama directories, in and out, against transformers itself."""
 import json
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import script, some_tokens, tiny_model
+from conftest import optional, refused, same, some_tokens, tiny_model, works, written
 
-from grow import load_checkpoint
-from loop import export, load_encoding, loop_path
-from model import GPT, llama_names, read_json
+from loop import loop_path
+from model import GPT, get_tokenizer, hf_files, load_checkpoint
 
-CONFIG = dict(model_type="llama", vocab_size=61, num_hidden_layers=6, num_attention_heads=4,
-              num_key_value_heads=2, hidden_size=32, intermediate_size=40, max_position_embeddings=24,
-              rms_norm_eps=1e-5, rope_theta=500.0, tie_word_embeddings=True, hidden_act="silu",
-              eos_token_id=0)
+transformers = optional("transformers")
+tokenizers = optional("tokenizers")
 
-
-def directory(folder, model, sharded=False, **changes):
-    """A directory made by hand, without transformers or safetensors."""
-    os.makedirs(folder, exist_ok=True)
-    state, weights = model.state_dict(), {}
-    for ours, theirs in llama_names(model.config).items():
-        sizes = {3: [32, 16, 16], 2: [40, 40], 1: [len(state[ours])]}[len(theirs)]
-        weights.update(zip(theirs, (part.clone() for part in state[ours].split(sizes))))
-    parts = [dict(list(weights.items())[i::2]) for i in range(2)] if sharded else [weights]
-    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)] if sharded else ["pytorch_model.bin"]
-    for name, part in zip(names, parts):
-        torch.save(part, folder / name)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
-    return folder
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+SIZE = dict(vocab_size=300, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
+            intermediate_size=40, max_position_embeddings=24, rope_parameters=PLAIN, tie_word_embeddings=True,
+            bos_token_id=1, eos_token_id=2, pad_token_id=None)
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_reading_by_hand_made_directories(tmp_path, sharded, tied):
-    """q, k, v or gate, up in the wrong order still load, and give a model that babbles."""
-    model, tokens = tiny_model(rope_theta=500.0, tied=tied), some_tokens()
-    read = GPT.from_huggingface(directory(tmp_path / "hf", model, sharded, tie_word_embeddings=tied)).eval()
-    assert read.config == model.config and torch.equal(read(tokens)[0], model(tokens)[0])
+def llama(**changes):
+    """A LlamaForCausalLM whose layers all count."""
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZE, **changes})).eval()
+    for p in hf.parameters():
+        p.data.normal_(std=0.3) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
+    return hf
+
+
+def tokenizer_like(kind):
+    """Byte-level BPE: SmolLM's special tokens, or Llama 3's, which puts one before every text."""
+    special = {"smol": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "llama3": ["<|begin|>", "<|end|>", "<|im_start|>"]}[kind]
+    pre = tokenizers.pre_tokenizers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(["looping and growing models " * 20], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    if kind == "llama3":
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[-1])
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A model with tokenizer, chat template and generation config, as SmolLM has them."""
+    hf = llama()
+    hf.generation_config = transformers.GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=2)
+    hf.save_pretrained(tmp_path / "hf")
+    tokenizer_like("smol").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("rope", [PLAIN, LLAMA3, LINEAR], ids=["plain", "llama3", "linear"])
+@pytest.mark.parametrize("tied, kv_heads", [(True, 2), (False, 4), (False, 1)])
+def test_logits_are_transformers_own(tmp_path, rope, tied, kv_heads):
+    """q, k, v or gate, up in the wrong order, or other rope frequencies, still give a model that babbles."""
+    theirs = llama(rope_parameters=rope, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    ours, tokens = GPT.from_pretrained(tmp_path / "hf").eval(), some_tokens(vocab_size=300)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    path = loop_path(6, 2, 2, 1)
+    ours.save_pretrained(tmp_path / "deep", path)           # and back: the loop untied, a model like any other
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep").eval()
+    assert theirs.config.num_hidden_layers == 8 and theirs.config.rope_parameters == {**theirs.config.rope_parameters, **rope}
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens, tokens, path)[0], atol=1e-4, rtol=1e-4)
+    again = GPT.from_pretrained(tmp_path / "deep").eval()
+    assert torch.equal(again(tokens)[0], ours(tokens, path=path)[0])
+    assert theirs.config.bos_token_id == 1 and theirs.config.eos_token_id == 2
+    prompt = tokens[:1, :6]
+    assert torch.equal(ours.generate(prompt, 12, path, temperature=0), theirs.generate(
+        prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_our_own_models_are_exported_in_float32_and_bfloat16(tmp_path, tied):
+    model, tokens = tiny_model(tied=tied, eot=5), some_tokens()
+    tokens[tokens == 5] = 6
+    for dtype in (torch.float32, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        model.save_pretrained(out, dtype=dtype, files={"note.txt": b"beside it"})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+        assert theirs.dtype == dtype and (out / "note.txt").read_bytes() == b"beside it"
+        assert theirs.config.eos_token_id == 5
+        again = GPT.from_pretrained(out)
+        rounded = {name: w.to(dtype).float() for name, w in model.state_dict().items()}
+        assert same(again.state_dict(), rounded)
+    with pytest.raises(ValueError, match="exists"):
+        model.save_pretrained(out)
+    assert len(list(tmp_path.iterdir())) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens, tokens)[0], theirs.float()(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [
-    {"model_type": "mistral"}, {"attention_bias": True}, {"mlp_bias": True}, {"sliding_window": 8},
-    {"hidden_act": "gelu"}, {"pretraining_tp": 2}, {"head_dim": 16}, {"quantization_config": {"bits": 4}},
-    {"model_type": None}, {"rms_norm_eps": "1e-5"},
-    {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_parameters": {"rope_type": "llama3"}}], ids=str)
+    {"model_type": "mistral"}, {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"head_dim": 16},
+    {"pretraining_tp": 2}, {"sliding_window": 8}, {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}}], ids=str)
 def test_what_our_layer_is_not_is_refused_by_name(tmp_path, changes):
     """A setting that is passed over gives a model that runs and is slightly wrong."""
-    name = {"rope_scaling": "rope_type", "rope_parameters": "rope_type",
-            "rms_norm_eps": "not supported between"}.get(*changes, *changes)
-    with pytest.raises(ValueError, match=name):
-        GPT.from_huggingface(directory(tmp_path / "hf", tiny_model(), **changes))
+    llama(**{key: value for key, value in changes.items() if key == "head_dim"}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    name = "rope_type" if "rope_parameters" in changes else next(iter(changes))
+    refused(name, "loop.py", tmp_path)
 
 
 def test_broken_directories_end_in_one_line(tmp_path):
-    folder = directory(tmp_path / "hf", tiny_model())
-    for change, message in (({"num_hidden_layers": 7}, "no weights named"), ({"hidden_size": 64}, "size"),
-                            ({"num_hidden_layers": 5}, "no place here")):
-        (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
-        with pytest.raises(ValueError, match=message):
-            GPT.from_huggingface(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:2000])
-    result = script("loop.py", "--hf", folder, "--sweep")
-    assert result.returncode == 2 and "cannot be read" in result.stderr and result.stderr.count("\n") == 1
-    torch.save({"model.embed_tokens.weight": 3}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no attribute"):
-        GPT.from_huggingface(folder)
-    os.remove(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds neither"):
-        GPT.from_huggingface(folder)
-    (folder / "model.safetensors").write_bytes(b"abc")
-    with pytest.raises(ValueError, match="cannot be read|pip install"):
-        GPT.from_huggingface(folder)
+    refused("none", "loop.py", tmp_path / "none")
+    llama().save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for changes, message in (({"num_hidden_layers": 7}, "layers.6"), ({"num_hidden_layers": 5}, "layers.5")):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **changes}))
+        refused(message, "loop.py", tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    refused("tokenizer", "loop.py", tmp_path / "hf")        # it has none, and is asked to write
+    weights = tmp_path / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    refused("", "loop.py", tmp_path / "hf")
 
 
-def test_without_safetensors_a_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    (directory(tmp_path / "hf", tiny_model()) / "model.safetensors").write_bytes(b"")
-    for refused in (lambda: GPT.from_huggingface(tmp_path / "hf"),
-                    lambda: export(tiny_model(), str(tmp_path / "out"))):
-        with pytest.raises(ValueError, match="pip install safetensors"):
-            refused()
-    assert not (tmp_path / "out").exists()
+def test_without_transformers_a_line_says_what_to_install(tmp_path, monkeypatch, trained):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused("transformers", "loop.py", "SomeName/SomeModel")
+    refused("pip install", "grow.py", trained / "ckpt.pt", "--out", tmp_path / "llama")
+    assert not list(tmp_path.iterdir())
 
 
-def test_commands_on_a_directory_without_a_tokenizer(tmp_path):
-    folder = directory(tmp_path / "hf", tiny_model())
-    np.arange(400, dtype=np.uint16).__mod__(61).tofile(tmp_path / "t.bin")
-    held = ["--hf", folder, "--tokens", tmp_path / "t.bin"]
-    for command in (["loop.py", *held, "--sweep"], ["grow.py", *held, "--out", tmp_path / "deep.pt"],
-                    ["signatures.py", *held, "--out", tmp_path / "s.json"]):
-        result = script(*command)
-        assert result.returncode == 0 and "tokens" in result.stdout, result.stderr
-    assert load_checkpoint(tmp_path / "deep.pt")[0].config.n_layer == 8
-    for command in (["loop.py", *held, "--prompt", "a"], ["evaluate.py", *held],
-                    ["loop.py", *held[:2], "--sweep"]):
-        result = script(*command)
-        assert result.returncode == 2 and "--tokens" in result.stderr and result.stderr.count("\n") == 1
+def test_special_tokens_mean_those_tokens(tmp_path):
+    for kind, eot in (("smol", 0), ("llama3", 0)):
+        theirs = tokenizer_like(kind)
+        theirs.save_pretrained(tmp_path / kind)
+        ours = get_tokenizer({"files": hf_files(str(tmp_path / kind))})
+        for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")
+        assert ours.decode(ours.encode("looping \u2603 models")) == "looping \u2603 models"
+        # what begins a document is not what ends a turn
+        assert ours.eot == eot and ours.n_vocab == len(theirs)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_opens_what_is_exported(tmp_path, tied):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    model, tokens, path = tiny_model(rope_theta=500.0, tied=tied), some_tokens(), loop_path(6, 2, 2, 1)
-    export(model, str(tmp_path / "hf"), path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    assert theirs.config.num_hidden_layers == 8
+def test_everything_survives_a_checkpoint(directory, tmp_path):
+    """Hugging Face -> .pt -> Hugging Face, by commands: tokenizer, chat template, generation config."""
+    works("grow.py", directory, "--path", "0-3,2-5", "--out", tmp_path / "deep.pt")
+    works("grow.py", tmp_path / "deep.pt", "--path", "0-7", "--out", tmp_path / "deep", "--dtype", "bfloat16")
+    works("grow.py", directory, "--path", "0-3,2-5", "--out", tmp_path / "direct")
+    ours, tokens, text = GPT.from_pretrained(directory), some_tokens(vocab_size=300), "a loop\n<|im_end|> 12"
+    for out in (tmp_path / "deep", tmp_path / "direct"):
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        before = transformers.AutoTokenizer.from_pretrained(directory)
+        assert theirs.encode(text) == before.encode(text) and theirs.chat_template == before.chat_template == TEMPLATE
+        config = transformers.GenerationConfig.from_pretrained(out)
+        assert (config.temperature, config.top_p, config.eos_token_id) == (0.6, 0.9, 2)
+    assert torch.equal(GPT.from_pretrained(tmp_path / "direct")(tokens)[0], ours(tokens, path=loop_path(6, 2, 2, 1))[0])
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep", dtype="auto").dtype == torch.bfloat16
+    refused("exists", "grow.py", directory, "--out", tmp_path / "deep")
+    assert sorted(os.listdir(tmp_path)) == ["deep", "deep.pt", "direct", "hf"]
+
+
+def test_commands_on_a_directory(directory, tmp_path):
+    """Look, scan, ask, measure, train on."""
+    text = written(tmp_path / "a.txt", "looping and growing models 12 times. " * 99)
+    questions = written(tmp_path / "q.jsonl", '{"question": "1?", "answer": 2}\n' * 8)
+    assert "<|im_start|>a|" in works("loop.py", directory, "--prompt", "<|im_start|>a", "--loop", "2-2x2-2").stdout
+    assert "±" in works("loop.py", directory, "--scan", "--data", text, "-n", 8).stdout
+    works("signatures.py", directory, "--data", text, "--rows", 4, "--quiet")
+    works("evaluate.py", directory, "--tasks", "--data", text)
+    assert "q.jsonl" in works("evaluate.py", directory, "--questions", questions, "--length", 3).stdout
+    command = ["train.py", "--init", directory, "--data", text, "--device", "cpu", "--batch", 2]
+    printed = works(*command, "--loop", "2-2x2-2", "--steps", 6, "--evals", 2, "--out", tmp_path / "run").stdout
+    assert "fresh" in printed and "depth 8" in printed
+    model, checkpoint = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
+    assert model.config.path == loop_path(6, 2, 2, 1) and model.config.context == 24
+    assert not same(checkpoint["model"], GPT.from_pretrained(directory).state_dict())
+    works("grow.py", tmp_path / "run" / "ckpt.pt", "--out", tmp_path / "untied")         # along its own path
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied").eval()
+    tokens = some_tokens(vocab_size=300)
     with torch.no_grad():
-        expected = model(tokens, tokens, path)[0]
-        torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-        again = GPT.from_huggingface(tmp_path / "hf").eval()
-        assert torch.equal(again(tokens)[0], model(tokens, path=path)[0])
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens, tokens)[0], atol=1e-4, rtol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "untied").chat_template == TEMPLATE
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_reading_what_transformers_saves(tmp_path, tied):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.LlamaConfig(**{**CONFIG, "tie_word_embeddings": tied})
-    theirs, tokens = transformers.LlamaForCausalLM(config).eval(), some_tokens()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    ours = GPT.from_huggingface(tmp_path).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(ours(tokens, tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_exporting_by_command(trained, tmp_path):
-    """--repeats without --start was passed over; DIR/ left a half-written directory inside itself."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    result = script("loop.py", trained / "ckpt.pt", "--export", f"{tmp_path / 'out'}/", "--repeats", 1)
-    assert result.returncode == 0 and "8 layers, without its tokenizer" in result.stdout, result.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
-    assert os.listdir(tmp_path) == ["out"]
-    model, checkpoint = load_checkpoint(trained / "ckpt.pt")
-    document = torch.tensor([[model.config.separator, 7, 8, 9, 7, 8]])
-    read = GPT.from_huggingface(tmp_path / "out")
-    assert torch.equal(read(document)[0], model(document, path=loop_path(6, 2, 2, 1))[0])
-    for more in ([], ["--repeats", 1, 2], ["--start", 2]):      # a directory that is there; two models; none
-        name = tmp_path / ("new" if more else "out")
-        result = script("loop.py", trained / "ckpt.pt", "--export", name, *more)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-
-
-def tokenizer_by_hand(**changes):
-    """What the tokenizers package writes for GPT-2's kind, with two merges and the token that ends texts."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    vocab = {chr(c): i for i, c in enumerate([*shown, *range(256, 256 + 256 - len(shown))])}
-    vocab |= {"lo": 256, "loo": 257, "<end>": 258}
-    model = {"type": "BPE", "vocab": vocab, "merges": ["l o", ["lo", "o"]]}
-    made = {"normalizer": None, "added_tokens": [{"id": 258, "content": "<end>", "special": True}],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-            "model": {**model, **changes.pop("model", {})}}
-    return {**made, **changes}
-
-
-def written(folder, tokenizer, **changes):
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300, "eos_token_id": 258,
-                                                    **changes}))
-    return folder
-
-
-def encoding_of(folder):
-    return load_encoding({name: read_json(folder, name) for name in ("config.json", "tokenizer.json")})
-
-
-def test_a_directory_with_a_tokenizer_end_to_end(tmp_path):
-    """A prompt is continued with any of the ids the model has, those without a token too; a looped and
-    exported model keeps its tokenizer, and the token that its documents begin with."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    folder = directory(tmp_path / "hf", tiny_model(vocab_size=300))
-    written(folder, tokenizer_by_hand(), bos_token_id=None)
-    encoding = encoding_of(folder)
-    assert encoding.encode_ordinary("loo") == [257] and encoding.eot_token == 258
-    assert all(encoding.decode([i]) for i in range(300))
-    out = tmp_path / "deep"
-    for command in (["--prompt", "loop", "--repeats", 0, 1, "--length", 12, "--temperature", 1],
-                    ["--export", out, "--repeats", 1]):
-        result = script("loop.py", "--hf", folder, *command)
-        assert result.returncode == 0, result.stderr
-    again = encoding_of(out)
-    assert again.encode_ordinary("a loop\n") == encoding.encode_ordinary("a loop\n")
-    assert GPT.from_huggingface(out).config.n_layer == 8 and again.eot_token == 258
-
-
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Removed", "invert": False}
-
-
-@pytest.mark.parametrize("changes, reason", [
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"), ({"pre_tokenizer": None}, "split"),
-    ({"pre_tokenizer": LEVEL}, "ByteLevel"),
-    ({"pre_tokenizer": {"pretokenizers": [SPLIT, LEVEL]}}, "Split"),
-    ({"pre_tokenizer": {"pretokenizers": [{"type": "Digits", "individual_digits": False},
-                                          {**LEVEL, "use_regex": True}]}}, "Digits"),
-    ({"pre_tokenizer": {**LEVEL, "use_regex": True, "add_prefix_space": True}}, "space"),
-    ({"normalizer": {"type": "NFC"}}, "normalizer"), ({"model": {"type": "Unigram"}}, "Unigram"),
-    ({"model": {"byte_fallback": True}}, "byte_fallback"), ({"model": {"dropout": 0.1}}, "dropout"),
-    ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
-    ({"model": {"merges": ["lo o", "l o"]}}, "merging order"),
-    ({"model": {"merges": ["l o"]}}, "no merge"), ({"model": {"vocab": {"l": 0}, "merges": []}}, "bytes"),
-    ({"added_tokens": [{"id": 258, "content": "<end>", "special": False}]}, "not special"),
-    ({"model": {"merges": ["lo"]}}, "tokenizer.json"), ({"added_tokens": 3}, "no tokenizer.json")], ids=str)
-def test_tokenizers_that_tiktoken_cannot_express(tmp_path, changes, reason):
-    """Each of these was, or would be, read into an encoding that splits text in another way, in silence."""
-    with pytest.raises(ValueError, match=reason):
-        encoding_of(written(tmp_path / "hf", tokenizer_by_hand(**changes)))
-
-
-@pytest.mark.parametrize("changes", [{"eos_token_id": None}, {"eos_token_id": 300}, {"eos_token_id": [1]},
-                                     {"vocab_size": 200, "eos_token_id": 1}], ids=str)
-def test_tokens_that_the_model_has_not(tmp_path, changes):
-    """An id beyond the embedding is an IndexError far from its cause."""
-    with pytest.raises(ValueError, match="token"):
-        encoding_of(written(tmp_path / "hf", tokenizer_by_hand(), **changes))
-
-
-TEXT = "Grown 12 models'll  loop\n\n  345 times, caf\u00e9 \u2603\t7. It's  9 \n end  "
-AWKWARD = [TEXT, "", "   ", "a  1", " 1", "x\n\n\ny  ", "models 2026", "don't I'LL we've 'tis",
-           "\u00a0\u00a0x \u3000 1\u0085\u200b y\u1680", "\u00bd \u00b2 \u2167 \u0663\u0664 12",
-           "a\r\n\r\n  b",
-           "\U0001f469\u200d\U0001f467 e\u0301", "\t\t7\n 8", "__x__ ->  ...9!"]
-GAPS = r"\p{N}{1,3}|\p{L}+"      # what it does not match is a piece too: Split's "isolated"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-          r"\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "digits", "llama3", "gaps"])
-def test_tokenizers(tmp_path, kind):
-    """A pattern that is nearly right agrees on easy text only: spaces before digits, runs of spaces."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    pre, split = tokenizers.pre_tokenizers, {"llama3": LLAMA3, "gaps": GAPS}.get(kind)
-    level = pre.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    first = [pre.Split(tokenizers.Regex(split), "isolated")] if split else (
-        [pre.Digits(individual_digits=True)] if kind == "digits" else [])
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = pre.Sequence([*first, level]) if first else level
-    theirs.train_from_iterator([*AWKWARD * 3, "looping and growing models " * 20, "1234  12  1 "],
-                               tokenizers.trainers.BpeTrainer(
-                                   vocab_size=400, special_tokens=["<end>"],
-                                   initial_alphabet=pre.ByteLevel.alphabet()))
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 400}))
-    ours = encoding_of(tmp_path)
-    for text in AWKWARD:
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode_ordinary(text)) == text
-    assert ours.eot_token == 0
+def test_tokens_that_the_model_does_not_have(directory, tmp_path):
+    """A tokenizer with more tokens than the embedding is an IndexError far from its cause."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(50)])
+    tokenizer.save_pretrained(directory)
+    text = written(tmp_path / "a.txt", "looping <extra49> models 12 times. " * 99)
+    for command in (["loop.py", directory, "--prompt", "<extra49>"], ["loop.py", directory, "--scan", "--data", text],
+                    ["train.py", "--init", directory, "--data", text, "--device", "cpu", "--out", tmp_path / "run"]):
+        refused("token", *command)

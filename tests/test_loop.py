@@ -1,11 +1,11 @@
-"""Paths that loop, and looping any checkpoint."""
-import pytest
-import tiktoken
-import torch
-from conftest import script, some_tokens, tiny_model
+"""Paths that loop, the demo, and the scan against running each looped path from the start."""
+import re
 
-from grow import load_checkpoint
-from loop import PIECES, continue_text, loop_path, parse_loop, unroll
+import pytest
+import torch
+from conftest import optional, refused, some_tokens, tiny_model, works, written
+
+from loop import loop_path, parse_loop, parse_path, scan, score_targets
 
 
 def test_loop_paths_by_hand():
@@ -13,94 +13,96 @@ def test_loop_paths_by_hand():
     assert loop_path(6, 2, 2, 1) == [0, 1, 2, 3, 2, 3, 4, 5]
     assert loop_path(3, 0, 3, 1) == [0, 1, 2, 0, 1, 2]
     assert loop_path(3, 2, 1, 2) == [0, 1, 2, 2, 2]
+    for bad in ((6, 5, 2, 1), (6, -1, 2, 1), (6, 0, 0, 1), (6, 0, 2, -1), (6, 0, 7, 0)):
+        with pytest.raises(ValueError):
+            loop_path(*bad)
 
 
-@pytest.mark.parametrize("bad", [(6, 5, 2, 1), (6, -1, 2, 1), (6, 0, 0, 1), (6, 0, 2, -1), (6, 0, 7, 0)])
-def test_blocks_outside_the_model(bad):
-    with pytest.raises(ValueError):
-        loop_path(*bad)
-
-
-def test_loops_as_the_papers_write_them():
+def test_paths_as_they_are_written():
+    """K counts all visits, as in the papers; ranges are inclusive."""
     assert parse_loop("2-2x3-2") == (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5])
-    assert parse_loop("4x6") == (4, [0, 1, 2, 3] * 6)
-    assert parse_loop("12x2")[0] == 12 and len(parse_loop("4-4x4-4")[1]) == 24
+    assert parse_loop("4x6") == (4, [0, 1, 2, 3] * 6) and parse_loop("1-1x1-1") == (3, [0, 1, 2])
+    assert len(parse_loop("4-4x4-4")[1]) == 24
+    assert parse_path("0-3,2-5, 6") == [0, 1, 2, 3, 2, 3, 4, 5, 6] and parse_path("3,1,1") == [3, 1, 1]
+    for text in ("", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1", "2.5x2", "2x-1"):
+        with pytest.raises(ValueError):
+            parse_loop(text)
+    for text in ("", "a", "3-1", "0-", ",", "0,,1", "-1", "0-3;4", "1.5"):
+        with pytest.raises(ValueError):
+            parse_path(text)
 
 
-@pytest.mark.parametrize("text", ["", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1",
-                                  "2.5x2", "2x-1"])
-def test_other_text_is_no_loop(text):
-    with pytest.raises(ValueError):
-        parse_loop(text)
+@pytest.mark.parametrize("visits", [2, 3])
+@pytest.mark.parametrize("eot", [None, 5])
+def test_the_scan_equals_running_each_path_from_the_start(visits, eot):
+    model, tokens, targets = tiny_model(eot=eot), some_tokens(7), some_tokens(7, seed=2)
+    tokens[3, 9] = 5
+    targets[:, :17] = -1                        # three tokens are asked in each row, in one of them one
+    targets[4, 17:19] = -1
+    targets[:3, 17:] = model(tokens, targets)[0][:3, 17:].argmax(-1)        # so that some are right
+    cells = [(start, end) for start in range(6) for end in range(start, 6)]
+    calls = []
+    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.layers]
+    measured = list(scan(model, tokens, targets, cells, visits, batch=4))
+    assert len(calls) == 2 * (6 + sum((end - start + 1) * (visits - 1) + 5 - end for start, end in cells))
+    for handle in handles:
+        handle.remove()
+    assert [cell for cell, _, _ in measured] == [None, *cells]
+    for cell, loss, right in measured:
+        path = None if cell is None else loop_path(6, cell[0], cell[1] - cell[0] + 1, visits - 1)
+        with torch.no_grad():
+            whole_loss, whole_right = score_targets(model, model.hidden(tokens, path), targets)
+            row = model(tokens[4:5], targets[4:5], path)[1]
+        assert torch.equal(right, whole_right)
+        torch.testing.assert_close(loss, whole_loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loss[4], row, atol=1e-5, rtol=1e-5)
+    assert measured[0][2].tolist() == [True] * 3 + [False] * 4
 
 
-def test_unrolled_equals_looped():
-    n_layer, path = parse_loop("2-2x3-2")
-    looped, tokens = tiny_model(path=path), some_tokens()
-    untied = unroll(looped)
-    assert untied.config.n_layer == 10 and untied.config.path is None
-    assert torch.equal(untied(tokens, tokens)[1], looped(tokens, tokens)[1])
-    assert torch.equal(unroll(looped, [0, 5])(tokens)[0], looped(tokens, path=[0, 5])[0])
+def test_a_prompt_along_several_paths(trained):
+    command = ["loop.py", trained / "ckpt.pt", "--device", "cpu", "--prompt", "k=4", "--length", 5]
+    printed = works(*command, "--loop", "2-2x2-2", "--path", "0-3,5", "0-3,2-5").stdout
+    for line in ("2-2x2-2   depth 8   path 0 1 2 3 2 3 4 5", "0-3,5   depth 5   path 0 1 2 3 5"):
+        assert line in printed
+    by_path = {name: rest for name, rest in re.findall(r"^(\S+)   depth .*\n((?:.*\n){2})", printed, re.M)}
+    assert by_path["2-2x2-2"] == by_path["0-3,2-5"] != by_path["0-3,5"]         # losses and text
+    assert re.findall(r"depth (\d+)", works(*command).stdout) == ["6", "7", "8", "10"]
+    for options, message in ((["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
+                             (["--loop", "2,2,1"], "e-LxK-d"), (["--prompt", "k " * 200], "context")):
+        refused(message, *command, *options)
 
 
-def test_a_looped_layer_gets_the_gradients_of_all_its_visits():
-    """The tied gradient is the sum of the untied ones."""
-    looped, tokens = tiny_model(path=[0, 1, 2, 1, 2, 3]), some_tokens()
-    untied = unroll(looped)
-    for model in (looped, untied):
-        model(tokens, tokens)[1].backward()
-    tied = looped.layers[1].mlp.proj.weight.grad
-    visits = [untied.layers[v].mlp.proj.weight.grad for v in (1, 3)]
-    torch.testing.assert_close(tied, visits[0] + visits[1], atol=1e-6, rtol=1e-4)
+def test_the_scan_by_command(trained, tmp_path):
+    """It can be stopped and gone on with; the rows of another scan are not mixed in."""
+    rows, text = tmp_path / "rows.jsonl", written(tmp_path / "a.txt", "Mia lives in Dover. " * 200)
+    questions = written(tmp_path / "q.jsonl", '{"question": "1+1?", "answer": 2}\n' * 9)
+    command = ["loop.py", trained / "ckpt.pt", "--scan", "-n", 8, "--device", "cpu"]
+    whole = works(*command, "--data", text, "--rows", rows).stdout
+    assert "plain model: loss" in whole and whole.count("±") == 20 and len(rows.read_text().splitlines()) == 21
+    before = rows.read_text()
+    rows.write_text("".join(before.splitlines(True)[:7]))
+    assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
+    assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
+    for other in (["--data", text, "--visits", 3], ["--questions", questions]):
+        refused("another", *command, *other, "--rows", rows)
+    assert "±" in works(*command, "--questions", questions).stdout and rows.read_text() == before
+    deeper = tmp_path / "deeper.pt"
+    works("grow.py", trained / "ckpt.pt", "--out", deeper)      # the same output head
+    refused("another", "loop.py", deeper, *command[2:], "--data", text, "--rows", rows)
+    assert "accuracy" in works(*command).stdout
+    optional("matplotlib")
+    works(*command, "--data", text, "--rows", rows, "--plot", tmp_path / "scan.png")
+    assert (tmp_path / "scan.png").read_bytes()[:4] == b"\x89PNG"
+    refused("exists", *command, "--plot", tmp_path / "scan.png")
 
 
-def test_looping_a_checkpoint_by_command(trained):
-    result = script("loop.py", trained / "ckpt.pt", "--prompt", "k=4\n", "--start", 2, "--repeats", 0, 1,
-                    "--length", 5)
-    assert result.returncode == 0, result.stderr
-    assert "repeats 0   depth 6   path 0 1 2 3 4 5" in result.stdout
-    assert "repeats 1   depth 8   path 0 1 2 3 2 3 4 5" in result.stdout
-    result = script("loop.py", trained / "ckpt.pt", "--sweep", "--repeats", 0, 1)
-    lines = [line.split() for line in result.stdout.splitlines() if line[:7].strip().isdigit()]
-    assert [line[0] for line in lines] == list("01234") * 2     # both streams
-    assert len({line[1] for line in lines[:5]}) == 1            # repeats 0 is the same wherever the block is
-
-
-def test_unrolling_by_command(trained, tmp_path):
-    result = script("loop.py", trained / "ckpt.pt", "--unroll", tmp_path / "untied.pt")
-    assert result.returncode == 0, result.stderr
-    a, checkpoint = load_checkpoint(trained / "ckpt.pt")
-    b, _ = load_checkpoint(tmp_path / "untied.pt")
-    tokens = checkpoint["heldout"]["math"][:2, :-1].long()
-    assert torch.equal(a(tokens)[0], b(tokens)[0])
-    result = script("loop.py", trained / "ckpt.pt", "--unroll", tmp_path / "looped.pt", "--start", 2,
-                    "--repeats", 1)
-    assert result.returncode == 0, result.stderr
-    looped, kept = load_checkpoint(tmp_path / "looped.pt")
-    assert torch.equal(a(tokens, path=[0, 1, 2, 3, 2, 3, 4, 5])[0], looped(tokens)[0])
-    assert kept["args"]["seed"] == checkpoint["args"]["seed"] and "flops" not in kept
-
-
-def test_a_runs_folder_is_refused_with_the_name_of_its_checkpoint(trained):
-    """A folder is read as Hugging Face's, so that the message was about a config.json."""
-    result = script("loop.py", trained)
-    assert result.returncode == 2 and "ckpt.pt" in result.stderr and result.stderr.count("\n") == 1
-
-
-def test_an_id_that_is_no_token_ends_the_text():
-    """Encodings such as cl100k_base have some, and decoding one is a KeyError."""
-    encoding = tiktoken.Encoding("gap", pat_str=PIECES, mergeable_ranks={bytes([b]): b for b in range(256)},
-                                 special_tokens={"<|endoftext|>": 256, "<|last|>": 299})
-    model = tiny_model(vocab_size=300)
-    texts = [continue_text(model, encoding, "a", 20, temperature=100.0) for _ in range(20)]
-    assert min(map(len, texts)) < 10 < max(map(len, texts))
-
-
-def test_a_path_that_looks_like_a_pattern_is_a_path(trained, tmp_path):
-    """run[1] was taken for a pattern, which run1 fits."""
-    for name in ("run[1]", "run1"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "run[1]" / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    (tmp_path / "run1" / "ckpt.pt").write_bytes(b"another")
-    result = script("loop.py", tmp_path / "run[1]" / "ckpt.pt", "--repeats", 0)
-    assert result.returncode == 0, result.stderr
+def test_what_is_no_model(trained, tmp_path):
+    """A run's folder was read as Hugging Face's, so that the message was about a config.json."""
+    written(tmp_path / "notes.txt", "hello")
+    for name, message in ((trained, "not a model"), (tmp_path / "notes.txt", "not a model"),
+                          (tmp_path / "none.pt", "none.pt"), (trained / "log.jsonl", "not a model")):
+        refused(message, "loop.py", name)
+    folder = tmp_path / "run[1]"                # was taken for a pattern, which run1 fits
+    folder.mkdir()
+    (folder / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    works("loop.py", folder / "ckpt.pt", "--loop", "1-1x2-4", "--length", 1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import script, some_tokens, tiny_model
+from conftest import optional, refused, some_tokens, tiny_model, works
 
 import signatures as S
 
@@ -13,31 +13,23 @@ PATHS = {"plain": [0, 1, 2, 3, 4, 5], "looped": [0, 1, 2, 3, 2, 3, 4, 5]}
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
-def recorded(model, tokens, path, skipped=None, cut=None):
-    """Runs the model itself, hooks on its sublayers -> list of (h, a, m) by visit, and the logits. The
-    skipped visit's sublayers give zero at positions from 1 to cut, but where a document begins."""
-    seen, sublayers = [], []
+def recorded(model, tokens, path, skipped=None, left_out=None):
+    """Runs the model itself, hooks on its sublayers -> list of (h, a, m) by visit, and the logits. The skipped
+    visit's sublayers give zero at the positions left out (B, T)."""
+    sublayers = []
 
     def hook(module, inputs, output):
-        visit = len(sublayers) // 2
-        if visit == skipped:
-            output = output.clone()
-            left_out = (tokens != 5) if model.config.separator else torch.ones_like(tokens, dtype=torch.bool)
-            left_out[:, 0] = False
-            left_out[:, cut or 20:] = False
-            output[left_out] = 0
+        if len(sublayers) // 2 == skipped:
+            output = output.masked_fill(left_out.unsqueeze(-1), 0)
         sublayers.append(output)
-        if len(sublayers) % 2 == 0:
-            seen.append((*sublayers[-2:],))
         return output
-    handles = [sublayer.register_forward_hook(hook)
-               for layer in model.layers for sublayer in (layer.attn, layer.mlp)]
+    handles = [sublayer.register_forward_hook(hook) for layer in model.layers for sublayer in (layer.attn, layer.mlp)]
     with torch.no_grad():
         logits = model(tokens, tokens, path)[0]
     for handle in handles:
         handle.remove()
     h, visits = model.embed(tokens).detach(), []
-    for a, m in seen:
+    for a, m in zip(sublayers[::2], sublayers[1::2]):
         visits.append((h, a, m))
         h = h + a + m
     return visits, logits
@@ -56,61 +48,92 @@ def test_contributions(path):
             torch.testing.assert_close(result[f"cos_{name}"][visit], sum(cosines) / 60, atol=1e-5, rtol=1e-4)
 
 
+def positions(tokens, eot, future):
+    """Where a visit is left out, and where its effect is read, spelled out one by one -> two (B, T)."""
+    left_out, read = torch.zeros(2, *tokens.shape, dtype=torch.bool)
+    for b, row in enumerate(tokens.tolist()):
+        begins = [t for t, token in enumerate(row) if t == 0 or token == eot]
+        for t in range(len(row)):
+            if t in begins:
+                continue                        # the first token of a document is kept, and not read
+            document = max(begin for begin in begins if begin <= t)
+            left_out[b, t] = future is None or t < future
+            read[b, t] = future is None or t >= future and document < future
+    return left_out, read
+
+
 @paths
 @pytest.mark.parametrize("reduce", ["max", "mean"])
-@pytest.mark.parametrize("future, separator", [(None, None), (9, None), (None, 5), (9, 5)])
-def test_skip_effects(path, reduce, future, separator):
-    model, tokens = tiny_model(separator=separator), some_tokens()
-    tokens[:, 7] = tokens[0, 13] = 5
-    effects, on_output = S.skip_effects(model, tokens, path, future, reduce)
+@pytest.mark.parametrize("future, eot", [(None, None), (9, None), (None, 5), (9, 5)])
+def test_skip_effects(path, reduce, future, eot):
+    model, tokens = tiny_model(eot=eot), some_tokens()
+    tokens[tokens == 5] = 6
+    tokens[:, 7] = tokens[0, 13] = tokens[1, 9] = 5         # in row 1 no document of before position 9 goes on
+    effects, on_output = S.skip_effects(model, tokens, path, future=future, reduce=reduce)
     plain, logits = recorded(model, tokens, path)
-    over = {"max": max, "mean": lambda values: sum(values) / len(values)}[reduce]
-    positions = range(future or 1, 20)
+    left_out, read = positions(tokens, eot, future)
+    rows = [b for b in range(3) if read[b].any()]
+    assert len(rows) == (2 if future and eot else 3)
+
+    def over_positions(x):                                  # (B, T) -> a number
+        over = {"max": max, "mean": lambda values: sum(values) / len(values)}[reduce]
+        return sum(over([x[b, t].item() for t in range(20) if read[b, t]]) for b in rows) / len(rows)
     for s in range(len(path)):
-        skipped, skipped_logits = recorded(model, tokens, path, s, future)
+        skipped, skipped_logits = recorded(model, tokens, path, s, left_out)
         for later in range(len(path)):
             D, D2 = (a + m for _, a, m in (plain[later], skipped[later]))
-            expected = torch.stack([over([(D[b, t] - D2[b, t]).norm() / D[b, t].norm() for t in positions])
-                                    for b in range(3)]).mean()
-            if later <= s:
-                assert effects[s, later] == 0
-            else:
-                torch.testing.assert_close(effects[s, later], expected, atol=1e-4, rtol=1e-3)
-        change = (logits.softmax(-1) - skipped_logits.softmax(-1)).norm(dim=-1)
-        expected = torch.stack([over([change[b, t] for t in positions]) for b in range(3)]).mean()
-        torch.testing.assert_close(on_output[s], expected, atol=1e-5, rtol=1e-3)
+            expected = over_positions((D - D2).norm(dim=-1) / D.norm(dim=-1)) if later > s else 0
+            assert effects[s, later].item() == pytest.approx(expected, abs=1e-4, rel=1e-3)
+        expected = over_positions((logits.softmax(-1) - skipped_logits.softmax(-1)).norm(dim=-1))
+        assert on_output[s].item() == pytest.approx(expected, abs=1e-5, rel=1e-3)
 
 
 @paths
-def test_skip_effects_run_half_of_the_layer_passes(path):
-    """depth * (depth + 1) / 2 calls, as the docstring says; rerunning the prefix would take depth * depth."""
-    model, calls = tiny_model(), []
-    handles = [layer.attn.register_forward_hook(lambda *_: calls.append(1)) for layer in model.layers]
-    S.skip_effects(model, some_tokens(), path)
-    assert len(calls) == len(path) * (len(path) + 1) // 2
-    for handle in handles:
-        handle.remove()
+def test_local_effects(path):
+    """A later visit gets its stream without one update; nothing else is propagated."""
+    model, tokens = tiny_model(), some_tokens()
+    effects, on_output = S.skip_effects(model, tokens, path, local=True)
+    visits, logits = recorded(model, tokens, path)
+    updates, left_out = [a + m for _, a, m in visits], positions(tokens, None, None)[0].unsqueeze(-1)
+    rope_and_mask = model.rope_and_mask(tokens)
+    with torch.no_grad():
+        for s in range(len(path)):
+            for later in range(s + 1, len(path)):
+                given = visits[later][0] - updates[s] * left_out
+                changed = model.layers[path[later]](given, rope_and_mask) - given
+                expected = ((updates[later] - changed).norm(dim=-1) / updates[later].norm(dim=-1))[:, 1:].amax(1).mean()
+                torch.testing.assert_close(effects[s, later], expected, atol=1e-4, rtol=1e-3)
+            last = visits[-1][0] + updates[-1] - updates[s] * left_out
+            change = (logits.softmax(-1) - model.head(model.norm(last)).softmax(-1)).norm(dim=-1)
+            torch.testing.assert_close(on_output[s], change[:, 1:].amax(1).mean(), atol=1e-5, rtol=1e-3)
 
 
-def test_future_effect_comes_through_attention_only():
-    """A visit behind which nothing attends any more cannot reach the future."""
-    model = tiny_model()
-    effects, on_output = S.skip_effects(model, some_tokens(), future=9)
-    assert on_output[-1] < 1e-6 and (on_output[:-1] > 1e-4).all()
+def test_a_visit_that_adds_nothing_gives_no_nan():
+    model, tokens = tiny_model(), some_tokens()
+    for sublayer in (model.layers[3].attn, model.layers[3].mlp):
+        sublayer.proj.weight.data.zero_()
+    for curve in S.all_signatures(model, some_tokens(time=21), 2).values():
+        assert curve.isfinite().all()
+    effects, on_output = S.skip_effects(model, tokens)
+    assert on_output[3] == 0 and not effects[3].any()
+    rows = S.rows_of_models([{"name": "a", "seed": 0, "file": "", "path": list(range(6)), "block": 2,
+                              "curves": S.all_signatures(model, some_tokens(time=21), 2)}])
+    assert all(math.isfinite(row["value"]) for row in rows)
 
 
 @pytest.mark.parametrize("options", [dict(reduce="sum"), dict(future=1), dict(future=20)])
 def test_skip_effects_refuse(options):
     with pytest.raises(ValueError):
         S.skip_effects(tiny_model(), some_tokens(), **options)
+    tokens = torch.full((3, 20), 5)         # every token begins a document: there is nothing to read
+    with pytest.raises(ValueError, match="longer documents"):
+        S.skip_effects(tiny_model(eot=5), tokens, future=9)
 
 
 def test_scores_by_hand():
     assert S.depth_score(torch.tensor([1.0, 1.0, 1.0])) == 0.5
     assert S.depth_score(torch.tensor([0.0, 0.0, 2.0])) == 1
     assert S.depth_score(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx((0 * 2 + 1 + 2) / 4 / 2)
-    assert S.late_half_share(torch.tensor([1.0, 1.0, 3.0, 3.0])) == 0.75
-    assert S.late_half_share(torch.tensor([1.0, 1.0, 1.0])) == 0.5
     assert S.late_over_middle(torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 6.0])) == 2.5
     effects = torch.tensor([[0.0, 2.0, 4.0], [0.0, 0.0, 5.0], [0.0, 0.0, 0.0]])
     assert S.later_mean(effects).tolist() == [3.0, 5.0]
@@ -125,8 +148,8 @@ def test_early_exit_is_the_path_cut_short(path):
         final = model(tokens, tokens, path)[0]
         for v in range(1, len(path) + 1):
             exit = model(tokens, tokens, path[:v])[0]
-            expected = F.kl_div(exit.log_softmax(-1), final.log_softmax(-1), log_target=True,
-                                reduction="sum") / 60
+            expected = F.kl_div(final.log_softmax(-1), exit.log_softmax(-1), log_target=True,
+                                reduction="sum") / 60       # KL(exit || final): not the same the other way round
             torch.testing.assert_close(kl[v], expected, atol=1e-5, rtol=1e-3)
             shared = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in
                          zip(exit.topk(5).indices.flatten(0, 1), final.topk(5).indices.flatten(0, 1)))
@@ -144,14 +167,6 @@ def test_reordered_paths_by_hand():
     assert S.reordered([0, 1, 1, 2, 3], 2)["reverse"] == [[1, 0, 1, 2, 3], [0, 1, 2, 1, 3]]    # not 3 alone
 
 
-def test_reorder_effects_are_changes_of_the_loss():
-    model, rows = tiny_model(), some_tokens(time=21)
-    changes = S.reorder_effects(model, rows, 2)
-    plain = model(rows[:, :-1], rows[:, 1:].contiguous())[1]
-    swapped = model(rows[:, :-1], rows[:, 1:].contiguous(), [2, 3, 0, 1, 4, 5])[1]
-    assert changes["swap"][0].item() == pytest.approx((swapped - plain).item(), abs=1e-5)
-
-
 def test_weight_similarity_shows_what_was_copied():
     from grow import grow, midas
     grown = grow(tiny_model(), midas(6, 2))
@@ -162,35 +177,28 @@ def test_weight_similarity_shows_what_was_copied():
 
 
 @pytest.mark.parametrize("period", [2, 3, 4])
-def test_periodicity_finds_a_planted_period(period):
-    """Also on a slope, which must not look like a long correlation."""
-    t = torch.arange(24.0)
-    curve = 0.5 * t + torch.cos(2 * math.pi * t / period)
-    lags = S.periodicity(curve)
-    assert len(lags) == 12 and lags[period - 1] > 0.9 and lags[:period + 1].argmax() == period - 1
-    assert S.detrended(0.5 * t).abs().max() < 1e-4
-
-
-def test_convergence():
-    curve = torch.tensor([1.0, 3.0, 2.0, 5.0])
-    assert S.convergence(curve, curve) == pytest.approx(1)
-    assert S.convergence(curve, 2 * curve + 7) == pytest.approx(1)
-    assert S.convergence(curve, -curve) == pytest.approx(-1)
-    stretched = F.interpolate(curve[None, None], size=7, mode="linear", align_corners=True)[0, 0]
-    assert S.convergence(curve, stretched) == pytest.approx(1)
+def test_the_share_of_a_period(period):
+    """1 for a planted one, as noise says for noise; the first and the last block do not count."""
+    curve = torch.cos(2 * math.pi * torch.arange(24.0) / period)
+    share, chance = S.period_share(curve, period)
+    assert share == pytest.approx(1) and chance == pytest.approx((period - 1) / (24 - 2 * period - 1))
+    curve[:period], curve[-period:] = 99.0, -99.0
+    assert S.period_share(curve, period)[0] == pytest.approx(1)
+    noise = [S.period_share(torch.randn(24, generator=torch.Generator().manual_seed(i)), period)[0] for i in range(300)]
+    assert sum(noise) / 300 == pytest.approx(chance, abs=0.03) and S.period_share(torch.ones(12), period)[0] == 0
 
 
 def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
     """Of several seeds of one method only the last counted once."""
-    generator = torch.Generator().manual_seed(0)
-    models = [{"name": name, "seed": seed, "file": "", "path": range(8),
-               "curves": {curve: torch.rand(8, generator=generator) for curve in
-                          (*S.COMPARED, "update", "future_later", "future_output")}}
+    model, rows = tiny_model(), some_tokens(time=21)
+    curves, generator = S.all_signatures(model, rows, 2), torch.Generator().manual_seed(0)
+    models = [{"name": name, "seed": seed, "file": "", "path": list(range(6)), "block": 2,
+               "curves": {key: torch.rand(curve.shape, generator=generator) for key, curve in curves.items()}}
               for seed in range(3) for name in ("one", "two")]
 
     def between(a, b):
         return sum(S.convergence(a["curves"][c], b["curves"][c]) for c in S.COMPARED) / len(S.COMPARED)
-    rows = {(r["model"], r["seed"], r["column"]): r["value"] for r in S.numbers(models, 2)
+    rows = {(r["model"], r["seed"], r["column"]): r["value"] for r in S.rows_of_models(models)
             if r["table"].startswith("convergence")}
     assert len(rows) == 12
     assert rows["one", 1, "two"] == pytest.approx(between(models[2], models[3]))
@@ -199,20 +207,17 @@ def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
 
 
 def test_the_command(trained, tmp_path):
-    out = tmp_path / "s.json"
-    result = script("signatures.py", trained / "ckpt.pt", trained / "stable.pt", "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "that of the block" in result.stdout and "convergence" in result.stdout and "####" in result.stdout
+    out, results = tmp_path / "s.json", tmp_path / "rows.jsonl"
+    both = ["signatures.py", trained / "ckpt.pt", trained / "stable.pt", "--rows", 6]
+    printed = works(*both, "--out", out, "--results", results).stdout
+    assert "late over middle" in printed and "convergence" in printed and "####" in printed
     models = json.loads(out.read_text())
-    assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6]
-    assert models[0]["path"] == [0, 1, 2, 3, 4, 5]
-    looped = script("signatures.py", trained / "ckpt.pt", "--loop", "2,2,1", "--out", out, "--quiet")
-    assert looped.returncode == 0 and json.loads(out.read_text())[0]["path"] == [0, 1, 2, 3, 2, 3, 4, 5]
-    bad = script("signatures.py", trained / "ckpt.pt", "--loop", "2,2", "--out", out)
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1
-
-
-def test_a_straight_line_has_no_period():
-    """What is left of it is rounding, which correlated with itself up to 0.93."""
-    for curve in (torch.ones(8), torch.arange(8.0) / 3):
-        assert S.periodicity(curve).abs().max() < 0.1
+    assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6] and models[0]["path"] == [0, 1, 2, 3, 4, 5]
+    assert "late over middle" in works("evaluate.py", "--table", results).stdout
+    works(*both[:2], "--rows", 6, "--loop", "2-2x2-2", "--path", "0-3,5", "--out", tmp_path / "l.json", "--quiet")
+    assert [m["path"] for m in json.loads((tmp_path / "l.json").read_text())] == [[0, 1, 2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 5]]
+    for bad in (["--loop", "2,2,1"], ["--stream", "prose"], ["--rows", 0], ["--out", out], ["--data", "none.txt"]):
+        refused("", "signatures.py", trained / "ckpt.pt", *bad)
+    optional("matplotlib")
+    works(*both, "--quiet", "--plot", tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"

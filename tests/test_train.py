@@ -1,5 +1,4 @@
-"""The main job: pure functions of the step, resuming to the bit, files, bad input, two processes."""
-import gzip
+"""The main job: pure functions of the step, resuming to the bit, training on, files, bad input, several processes."""
 import json
 import os
 import shutil
@@ -7,86 +6,97 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, script, tiny_model
+from conftest import ROOT, TINY_RUN, refused, same, script, some_tokens, tiny_model, works, written
 
 import evaluate
 import train
-from grow import load_checkpoint
-from loop import encode, load_encoding, texts_of
+from grow import grow, lidas
+from model import get_tokenizer, load_checkpoint
+
+CHECK = ("model", "optimizers", "log", "step", "flops", "heldout", "data", "config")
 
 
-def weights(folder, name="ckpt.pt"):
-    return load_checkpoint(os.path.join(folder, name))[1]
+def run_of(folder, name="ckpt.pt"):
+    """What a run's end is, but for the time it took."""
+    checkpoint = load_checkpoint(os.path.join(folder, name))[1]
+    for row in checkpoint["log"]:
+        row.pop("tokens_per_second", None)
+    return {key: checkpoint[key] for key in CHECK}
 
 
-def same_weights(one, other):
-    return one["model"].keys() == other["model"].keys() and all(
-        torch.equal(w, other["model"][name]) for name, w in one["model"].items())
+def stop_at(monkeypatch, step, how=lambda: sys.exit(9)):
+    """Something happens to the run before it reads the batch of this step."""
+    get = train.Batches.__getitem__
+    monkeypatch.setattr(train.Batches, "__getitem__", lambda self, i: (i == step and how(), get(self, i))[1])
+
+
+def fork(*command):
+    """A script in a fork of this process, which kill -9 may end -> its id."""
+    child = os.fork()
+    if not child:
+        try:
+            script(*command)
+        finally:
+            os._exit(0)
+    return child
 
 # -----------------------------------------------------------------------------
 # the schedule and the batches
 
 
 def arguments(**changes):
-    return Namespace(**{**dict(method="lidas", layers=8, block=2, depth=8, alpha=1.0, steps=100,
-                               cooldown=0.2, lr=1.0, warmup=10, seed=0, batch=8, context=4,
-                               math_share=0.5), **changes})
+    return Namespace(**{**dict(method="lidas", layers=8, block=2, alpha=1.0, steps=100, start=0, cooldown=0.2, lr=1.0,
+                               warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
 
 
 def test_learning_rate_is_a_trapezoid():
-    rates = [train.learning_rate(arguments(), step) for step in range(100)]
+    rates = [train.learning_rate(arguments(), step) for step in range(101)]
     assert rates[0] == 0.1 and rates[4] == 0.5 and set(rates[9:81]) == {1.0}
-    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05)
-    assert train.learning_rate(arguments(), 100) == 0
+    assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and rates[100] == 0
+    assert train.learning_rate(arguments(start=40), 40) == 0.1          # a fresh optimizer warms up
+    assert train.learning_rate(arguments(start=40, warmup=0), 40) == 1
 
 
-def test_growth_fills_the_constant_phase_and_the_cooldown_runs_at_full_depth():
-    assert train.stages(arguments()) == [(0, 2), (8, 4), (24, 6), (48, 8), (80, 8)]
-    assert train.stages(arguments(method="baseline")) == [(0, 8), (80, 8)]
-    assert train.stages(arguments(depth=12))[-2:] == [(48, 8), (80, 12)]
+def test_flops_that_are_left_add_up_stage_by_stage():
+    config = tiny_model().config
+    left = [train.flops_left(arguments(), config, step) for step in range(101)]
+    per_step = -np.diff(left)
+    assert left[100] == 0 and [len(set(per_step[a:b])) for a, b in ((0, 8), (8, 24), (24, 48), (48, 100))] == [1] * 4
+    assert per_step[0] < per_step[8] < per_step[24] < per_step[48]
+    assert left[99] == train.flops_left(arguments(method="baseline"), config, 99)
+    assert left[99] == train.training_flops(config, 8 * 4, 8)
 
 
-def test_flops_of_a_run_add_up_stage_by_stage():
-    args, config = arguments(), tiny_model().config
-    flops = [train.flops_until(args, config, step) for step in range(101)]
-    per_step = np.diff(flops)
-    assert flops[0] == 0 and len(set(per_step[:8])) == 1 and len(set(per_step[48:])) == 1
-    for before, step in ((8, 8), (24, 24), (48, 48)):
-        assert per_step[step] > per_step[before - 1]
-    assert per_step[99] == train.flops_until(arguments(method="baseline"), config, 1)
+def rows_of(stream):
+    """A stream whose row is its number, many times."""
+    return lambda number: np.full(5, number + {"general": 0, "math": 10 ** 6}[stream])
 
 
-STREAMS = {"general": np.arange(50 * 5).reshape(50, 5), "math": 1000 + np.arange(30 * 5).reshape(30, 5)}
+STREAMS = {name: rows_of(name) for name in ("general", "math")}
+
+
+def batch(step, *ranks, **changes):
+    return train.Batches(STREAMS, arguments(**changes), *ranks)[step]
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank():
-    args = arguments()
-    one, again = train.batch_of(STREAMS, args, 3), train.batch_of(STREAMS, args, 3)
-    assert torch.equal(one[0], again[0]) and torch.equal(one[0][:, 1:], one[1][:, :-1])
-    assert not torch.equal(one[0], train.batch_of(STREAMS, args, 4)[0])
-    assert not torch.equal(one[0], train.batch_of(STREAMS, arguments(seed=1), 3)[0])
-    halves = [train.batch_of(STREAMS, args, 3, rank, 2)[0] for rank in (0, 1)]
-    assert torch.equal(torch.cat(halves), one[0]) and not torch.equal(*halves)
+    for step in (3, 90):                                # in the constant phase, and in the cooldown
+        assert torch.equal(batch(step), batch(step)) and batch(step).shape == (8, 5)
+        halves = [batch(step, rank, 2) for rank in (0, 1)]
+        assert torch.equal(torch.cat(halves), batch(step)) and not torch.equal(*halves)
+    assert not torch.equal(batch(90), batch(90, seed=1))
 
 
-def test_an_epoch_shows_every_row_once():
-    """A loader that draws with replacement, or whose epochs overlap, sees some rows never."""
-    args = arguments(batch=10, steps=1000)
-    seen = torch.cat([train.batch_of(STREAMS, args, step)[0][:, 0] for step in range(10)])
-    assert sorted(seen[:50].tolist()) == sorted(seen[50:].tolist()) == list(range(0, 250, 5))
-    assert seen[:50].tolist() != seen[50:].tolist()
-
-
-def test_math_comes_in_the_cooldown_only():
-    shares = [(train.batch_of(STREAMS, arguments(), step)[0] >= 1000).any(1).float().mean()
-              for step in range(100)]
-    assert max(shares[:80]) == 0 and 0.3 < sum(shares[80:]) / 20 < 0.7
-    none = [train.batch_of(STREAMS, arguments(math_share=0.0), step)[0].max() for step in range(80, 100)]
-    assert max(none) < 1000
+def test_math_comes_in_the_cooldown_only_and_no_row_comes_twice():
+    numbers = torch.stack([batch(step)[:, 0] for step in range(100)])           # (steps, rows)
+    assert numbers[:80].max() < 10 ** 6 and len(numbers.unique()) == 800
+    assert 0.4 < (numbers[80:] >= 10 ** 6).float().mean() < 0.6 and numbers[80:].max() < 10 ** 6 + 20 * 8
+    assert max(batch(step, math_share=0.0).max() for step in range(80, 100)) < 10 ** 6
 
 # -----------------------------------------------------------------------------
 # runs
@@ -96,331 +106,328 @@ def test_a_run_grows_and_says_what_it_did(trained):
     rows = [json.loads(line) for line in open(trained / "log.jsonl")]
     growths, lines = [r for r in rows if "growth" in r], [r for r in rows if "growth" not in r]
     assert [r["growth"] for r in growths] == [[0, 1, 0, 1], [0, 1, 2, 1, 2, 3]]
-    assert all(np.isfinite([r["loss before"], r["loss after"]]).all() for r in growths)
-    assert [r["step"] for r in lines] == [0, 10, 20, 24, 30]
-    assert lines[-1]["depth"] == 6 and lines[0]["depth"] == 2
+    assert all(np.isfinite([r["before"]["loss general"], r["after"]["loss math"]]).all() for r in growths)
+    assert [(r["step"], r["depth"]) for r in lines] == [(0, 2), (10, 4), (20, 6), (24, 6), (30, 6)]
     assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
-    assert 0.7 < lines[-1]["flops_share"] < 0.95
-    checkpoint = weights(trained)
-    assert checkpoint["growth"] == [{"step": r["step"], "path": r["growth"]} for r in growths]
-    assert checkpoint["step"] == 30 and weights(trained, "stable.pt")["step"] == 24
+    assert 0.7 < lines[-1]["flops_share"] < 0.95 and lines[-1]["flops"] == run_of(trained)["flops"]
+    checkpoint = load_checkpoint(str(trained / "ckpt.pt"))[1]
+    assert checkpoint["step"] == 30 and run_of(trained, "stable.pt")["step"] == 24
     assert not any(name.startswith("module.") or "_orig_mod" in name for name in checkpoint["model"])
 
 
-@pytest.mark.parametrize("crash", [5, 11, 27])
+@pytest.mark.parametrize("crash", [5, 15, 23, 27])
 def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
-    """A crash before a growth, just before another one, and inside the cooldown."""
-    out, batch_of = tmp_path / "run", train.batch_of
-
-    def crashing(streams, args, step, *ranks):
-        if step == crash:
-            raise RuntimeError("the power failed")
-        return batch_of(streams, args, step, *ranks)
+    """Killed after each of the log lines: before growth, before stable.pt, in the cooldown; then from another directory."""
     with monkeypatch.context() as patch:
-        patch.setattr(train, "batch_of", crashing)
-        with pytest.raises(RuntimeError):
-            script("train.py", *TINY_RUN, "--compile", "off", "--out", out)
-    assert weights(out)["step"] == {5: 0, 11: 10, 27: 24}[crash]
-    assert script("train.py", "--out", out, "--resume").returncode == 0
-    assert weights(out)["args"]["compile"] == "off"         # kept, as the device is
-    assert same_weights(weights(out), weights(trained))
-    timeless = [[{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
-                 for line in open(folder / "log.jsonl")] for folder in (out, trained)]
-    assert timeless[0] == timeless[1]
+        stop_at(patch, crash)
+        assert script("train.py", *TINY_RUN, "--out", tmp_path / "run").returncode == 9
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    works("train.py", "--out", "moved", "--resume")
+    for name in ("ckpt.pt", "stable.pt"):
+        assert same(run_of("moved", name), run_of(trained, name))
+    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (tmp_path / "moved", trained)]
+    for row in logs[0] + logs[1]:
+        row.pop("tokens_per_second", None)
+    assert logs[0] == logs[1] and len(logs[0]) == 7
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("place, times", [("os.fsync", 7), ("os.replace", 13), ("train.grow_optimizer", 2)])
-def test_killed_while_it_writes_or_grows(trained, tmp_path, place, times):
-    """kill -9 with a checkpoint written but not yet in its place, between the two checkpoints at the end of
-    the constant phase, where stable.pt was once lost for good, and with the second growth half done."""
-    code = f"""if True:
-        import os, signal, train
-        work, calls = {place}, []
-        def deadly(*arguments):
-            calls.append(arguments)
-            if len(calls) == {times}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return work(*arguments)
-        {place} = deadly
-        train.main()"""
-    out, env = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, TINY_RUN), "--out", str(out)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert weights(out)["step"] == {7: 0, 13: 20, 2: 10}[times]
-    assert script("train.py", *TINY_RUN, "--out", out, "--resume").returncode == 0
-    assert same_weights(weights(out), weights(trained))
-    assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl", "stable.pt"]
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("place, times", [("os.fsync", 3), ("os.replace", 9), ("train.grow_optimizer", 2)])
+def test_killed_while_it_writes_or_grows(trained, tmp_path, monkeypatch, place, times):
+    """kill -9 with a checkpoint written but not in its place, between the two checkpoints at the end of the constant
+    phase, where stable.pt was once lost for good, and with the second growth half done."""
+    module, name = place.split(".")
+    module = {"os": os, "train": train}[module]
+    work, calls = getattr(module, name), []
+
+    def deadly(*arguments):
+        calls.append(arguments)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, deadly)
+        _, status = os.waitpid(fork("train.py", *TINY_RUN, "--out", tmp_path), 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    works("train.py", *TINY_RUN, "--out", tmp_path, *(["--resume"] if (tmp_path / "ckpt.pt").exists() else []))
+    for file in ("ckpt.pt", "stable.pt"):
+        assert same(run_of(tmp_path, file), run_of(trained, file))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path):
-    command = [sys.executable, "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
-    while "step     10/30" not in (line := process.stdout.readline()):
-        assert line, "the run ended before its tenth step"
-    process.send_signal(signal.SIGTERM)
-    rest = process.communicate()[0]
-    assert process.returncode == 143 and "--resume" in rest
-    assert 10 <= weights(tmp_path / "run")["step"] < 30
-    assert script("train.py", "--out", tmp_path / "run", "--resume").returncode == 0
-    assert same_weights(weights(tmp_path / "run"), weights(trained))
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = script("train.py", *TINY_RUN, "--out", tmp_path)
+    assert result.returncode == 128 + signal.SIGTERM and "--resume" in result.stdout
+    assert run_of(tmp_path)["step"] == 14
+    works("train.py", "--out", tmp_path, "--resume")
+    assert same(run_of(tmp_path)["model"], run_of(trained)["model"])
+    works("train.py", "--out", tmp_path, "--resume")        # nothing is left to do
+    assert same(run_of(tmp_path)["model"], run_of(trained)["model"])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
-def test_a_disk_that_fills_up_costs_the_new_checkpoint_only(trained, tmp_path):
-    """The system refuses what is larger than a checkpoint of 4 layers, in the middle of writing one of 6."""
-    import resource
-    out, limit = tmp_path / "run", os.path.getsize(trained / "ckpt.pt") * 9 // 10
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_writers(trained, tmp_path, monkeypatch):
+    """The second process on the same --out is refused while the first lives, and the first one is not hurt."""
+    read, write = os.pipe()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15, lambda: (os.write(write, b"x"), signal.pause()))
+        child = fork("train.py", *TINY_RUN, "--out", tmp_path)
     try:
-        result = script("train.py", *TINY_RUN, "--out", out)
+        os.read(read, 1)
+        before = (tmp_path / "ckpt.pt").read_bytes()
+        for options in (["--resume"], TINY_RUN):
+            refused("another process", "train.py", "--out", tmp_path, *options)
+        assert (tmp_path / "ckpt.pt").read_bytes() == before
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result.returncode == 2 and "ckpt.pt could not be written" in result.stderr, result.stderr
-    assert sorted(os.listdir(out)) == ["ckpt.pt", "log.jsonl"] and weights(out)["step"] == 10
-    assert script("train.py", "--out", out, "--resume").returncode == 0
-    assert same_weights(weights(out), weights(trained))
-
-
-def test_a_directory_that_becomes_read_only_costs_the_new_checkpoint_only(trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    shutil.copy(out / "stable.pt", out / "ckpt.pt")     # as it was at the end of the constant phase
-    before = (out / "ckpt.pt").read_bytes()
-    out.chmod(0o555)
-    if os.access(out, os.W_OK):
-        pytest.skip("root, or Windows, may write to a read-only directory")
-    result = script("train.py", "--out", out, "--resume")
-    out.chmod(0o755)
-    assert result.returncode == 2 and "could not be written: [Errno 13]" in result.stderr, result.stderr
-    assert (out / "ckpt.pt").read_bytes() == before
-    assert script("train.py", "--out", out, "--resume").returncode == 0
-    assert same_weights(weights(out), weights(trained))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    works("train.py", "--out", tmp_path, "--resume")        # the lock died with the process
+    assert same(run_of(tmp_path), run_of(trained))
 
 
 def test_two_processes_equal_one(trained, tmp_path):
     """DDP that is not rebuilt after growth trains the new layers on each rank apart, or not at all."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577",
-               "train.py", *map(str, TINY_RUN), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "train.py",
+               *map(str, TINY_RUN), "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
-    one, two = weights(trained), weights(tmp_path / "run")
-    for name, w in one["model"].items():
-        torch.testing.assert_close(two["model"][name], w, atol=2e-4, rtol=1e-3)
+    one, two = run_of(trained)["model"], run_of(tmp_path)["model"]
+    for name, w in one.items():
+        torch.testing.assert_close(two[name], w, atol=2e-4, rtol=1e-3)
 
 
-def test_another_cooldown_from_the_end_of_the_constant_phase(trained, tmp_path):
-    same, looped = tmp_path / "same", tmp_path / "looped"
-    assert script("train.py", "--init", trained / "stable.pt", "--out", same).returncode == 0
-    assert same_weights(weights(same), weights(trained))
-    command = ["--init", trained / "stable.pt", "--loop", "2-2x2-2", "--out", looped]
-    assert script("train.py", *command).returncode == 0
-    assert weights(looped)["config"]["path"] == [0, 1, 2, 3, 2, 3, 4, 5]
-    assert script("train.py", "--out", looped, "--resume").returncode == 0      # nothing left to do
-
-
-def test_a_cooldown_takes_the_loop_and_the_math_that_it_is_given(trained, tmp_path, monkeypatch):
-    """Each of these once trained something else than was asked for, in silence."""
-    one, two, three, four, five, six = (tmp_path / name for name in ("1", "2", "3", "4", "5", "6"))
-    assert script("train.py", *TINY_RUN, "--method", "looped", "--steps", 10, "--out", one).returncode == 0
-    assert weights(one)["config"]["path"] == [0, 1, 2, 2, 3, 4]
-    assert script("train.py", "--init", one / "stable.pt", "--loop", "1-1x2-3", "--out", two).returncode == 0
-    assert weights(two)["config"]["path"] == [0, 1, 1, 2, 3, 4]
-    text = bad_file(tmp_path, "text.txt", b"some words and more of them " * 99)
-    assert script("train.py", *TINY_RUN, "--data", text, "--encoding", "world", "--steps", 10,
-                  "--out", three).returncode == 0
-    assert script("train.py", "--init", three / "stable.pt", "--math", text, "--out", four).returncode == 0
-    assert weights(three)["args"]["math_share"] == 0.0 and weights(four)["args"]["math_share"] == 0.75
-    whole = text.read_bytes()
-    for changed in (whole.replace(b"some", b"many"), b"many" + whole[4:]):     # the last: no held-out row
-        text.write_bytes(changed)
-        for command in (["--resume", "--out", three], ["--init", three / "stable.pt", "--out", six]):
-            assert "changed" in script("train.py", *command).stderr
-    text.write_bytes(whole)
-    # the world's general text, math of one's own
-    assert script("train.py", "--init", one / "stable.pt", "--math", text, "--out", six).returncode == 0
-    assert all(torch.equal(weights(six)["heldout"][name], weights(source)["heldout"][other])
-               for name, source, other in (("general", one, "general"), ("math", three, "general")))
-    assert "--out" in script("train.py", "--init", one / "stable.pt").stderr
-    # deeper than its constant phase, resumed
-    command = ["--init", one / "stable.pt", "--loop", "1-2x3-2", "--out", five, "--resume"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: sys.exit(3))
-        assert script("train.py", *command).returncode == 3
-    assert script("train.py", *command).returncode == 0
-    assert weights(five)["config"]["path"] == [0, 1, 2, 1, 2, 1, 2, 3, 4] and len(weights(five)["log"]) > 2
-
-
-@pytest.mark.parametrize("method", ["baseline", "midas", "stack", "looped"])
+@pytest.mark.parametrize("method", ["baseline", "midas", "stack", "--loop 2-2x2-2", "--path 0-3,2-3"])
 def test_every_method_runs(method, tmp_path):
-    out = tmp_path / method
-    assert script("train.py", *TINY_RUN, "--method", method, "--steps", 10, "--out", out).returncode == 0
-    model, checkpoint = load_checkpoint(out / "ckpt.pt")
-    assert len(model.config.visits()) == 6 and checkpoint["step"] == 10
+    how = method.split() if " " in method else ["--method", method]
+    size = TINY_RUN[:2] + TINY_RUN[4:] if method == "baseline" else TINY_RUN[4:] if " " in method else TINY_RUN
+    works("train.py", *size, *how, "--steps", 10, "--evals", 1, "--out", tmp_path)
+    model, checkpoint = load_checkpoint(str(tmp_path / "ckpt.pt"))
+    expected = {"--loop 2-2x2-2": [0, 1, 2, 3, 2, 3, 4, 5], "--path 0-3,2-3": [0, 1, 2, 3, 2, 3]}
+    assert model.config.resolve_path() == expected.get(method, list(range(6))) and checkpoint["step"] == 10
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    result = script("train.py", *TINY_RUN, "--lr", 1e30, "--out", tmp_path / "run")
-    assert result.returncode == 2 and "not finite" in result.stderr and "--resume" in result.stderr
-    assert torch.isfinite(weights(tmp_path / "run")["model"]["embed.weight"]).all()
+    refused("not finite", "train.py", *TINY_RUN, "--lr", 999, "--weight-decay", 999, "--out", tmp_path)
+    assert torch.isfinite(run_of(tmp_path)["model"]["embed.weight"]).all()
+
+# -----------------------------------------------------------------------------
+# compiled layers
 
 
-def test_growth_and_paths_do_not_recompile():
+def compiled(model, monkeypatch):
+    """As train.py compiles it, but without a C++ compiler."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    return train.prepare(model, Namespace(compile="on", device="cpu"))
+
+
+def test_growth_and_paths_do_not_recompile(monkeypatch):
     """Compiling the whole model, or anything that knows its layer's number, compiles anew at every growth."""
     from torch._dynamo.utils import counters
-    torch._dynamo.reset()
-    counters.clear()
-    model, compiled = tiny_model(n_layer=2), []
-    tokens = torch.randint(61, (2, 24))
+    model, counts, tokens = tiny_model(n_layer=2, eot=5), [], some_tokens(2, 24)
     for _ in range(3):
-        for module in [*model.layers, model.loss]:
-            module.compile(dynamic=False, backend="aot_eager")
+        training = compiled(model, monkeypatch) if not counts else train.prepare(model, Namespace(compile="on"))
+        counters.clear() if not counts else None
         for path in (None, list(range(model.config.n_layer)) + [0, 1], [0, 0]):
-            model(tokens, tokens, path)[1].backward()
-            compiled.append(counters["stats"]["unique_graphs"])
-        model = train.grow(model, train.METHODS["lidas"](model.config.n_layer, 2))
-    assert compiled[0] >= 1 and len(set(compiled)) == 1, compiled
+            training(tokens, tokens, path)[1].backward()
+            counts.append(counters["stats"]["unique_graphs"])
+        model = grow(model, lidas(model.config.n_layer, 2))
+    assert counts[0] >= 1 and len(set(counts)) == 1, counts
+
+
+def test_hooks_fire_in_training_and_evaluation_also_when_layers_are_compiled(monkeypatch):
+    """They never fired under no_grad."""
+    model, calls, rows = tiny_model(), [], some_tokens(2, 25)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    training = compiled(model, monkeypatch)
+    training(rows[:, :-1], rows[:, 1:].contiguous())[1].backward()
+    assert len(calls) == 6
+    train.evaluation(model, {"general": rows}, None, Namespace(data="text"))
+    assert len(calls) == 12
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))       # and one that comes later
+    train.evaluation(model, {"general": rows}, None, Namespace(data="text"))
+    assert len(calls) == 19
+
+# -----------------------------------------------------------------------------
+# training on
+
+
+@pytest.fixture
+def on_text(bytes_for_gpt2, tmp_path, monkeypatch):
+    """A command on text of one's own, with arguments that are not the default ones; it has run once -> its folder."""
+    lines = [json.dumps({"body": f"Mia lives in Dover and keeps {n} cats."}) for n in range(500)]
+    questions = [json.dumps({"question": f"{n}+1?", "answer": f"#### {n + 1}"}) for n in range(500)]
+    files = written(tmp_path / "text.jsonl", "\n".join(lines)), written(tmp_path / "math.jsonl", "\n".join(questions))
+    monkeypatch.chdir(tmp_path)
+    command = ["train.py", *TINY_RUN, "--data", "text.jsonl", "--field", "body", "--math", files[1], "--math-share", 0.5,
+               "--seed", 3, "--lr", 2e-3, "--weight-decay", 0.1, "--cooldown", 0.4, "--warmup", 7]
+    works(*command, "--out", "run")
+    return Namespace(run=tmp_path / "run", files=files, command=command)
+
+
+def test_a_branch_without_changes_is_the_runs_own_end(trained, on_text, tmp_path):
+    assert set(run_of("run")["heldout"]) == {"general", "math"}
+    for i, run in enumerate((trained, on_text.run)):
+        works("train.py", "--init", run / "stable.pt", "--device", "cpu", "--out", f"branch-{i}")
+        for key in ("model", "optimizers", "step"):
+            assert same(run_of(f"branch-{i}")[key], run_of(run)[key]), (run, key)
+
+
+def test_a_run_on_files_is_resumed_from_elsewhere_and_after_its_data_moved(on_text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 27)
+        assert script(*on_text.command, "--out", "again").returncode == 9
+    for file in on_text.files:
+        file.rename(f"{file}.moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    works("train.py", "--resume", "--out", "../again")
+    assert same(run_of("../again"), run_of("../run"))
+
+
+def test_a_loop_in_the_cooldown_is_resumed_to_the_bit(trained, tmp_path, monkeypatch):
+    command = ["train.py", "--init", trained / "stable.pt", "--loop", "2-2x2-2", "--device", "cpu"]
+    works(*command, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 28)
+        assert script(*command, "--evals", 15, "--out", tmp_path / "cut").returncode == 9
+    assert run_of(tmp_path / "cut")["step"] == 28
+    works("train.py", "--resume", "--out", tmp_path / "cut")
+    assert same(run_of(tmp_path / "cut")["model"], run_of(tmp_path / "whole")["model"])
+    model, checkpoint = load_checkpoint(str(tmp_path / "cut" / "ckpt.pt"))
+    assert model.config.path == [0, 1, 2, 3, 2, 3, 4, 5] and not same(checkpoint["model"], run_of(trained)["model"])
+    plain, looped = (run_of(folder)["flops"] - run_of(trained, "stable.pt")["flops"] for folder in
+                     (trained, tmp_path / "whole"))
+    assert plain < looped < plain * 8 / 6               # the head is not visited twice
+
+
+def test_what_the_next_start_trains_from(trained, tmp_path):
+    """A grown model without an optimizer starts a fresh one and says so; a finished run can be extended."""
+    works("grow.py", trained / "ckpt.pt", "--out", tmp_path / "deeper.pt")
+    command = ["--steps", 4, "--batch", 2, "--device", "cpu", "--evals", 1]
+    printed = works("train.py", "--init", tmp_path / "deeper.pt", *command, "--out", tmp_path / "on").stdout
+    assert "fresh" in printed and run_of(tmp_path / "on")["config"]["n_layer"] == 8
+    assert run_of(tmp_path / "on")["log"][0]["loss general"] != run_of(tmp_path / "on")["log"][-1]["loss general"]
+    refused("--steps", "train.py", "--init", trained / "ckpt.pt", "--device", "cpu", "--out", tmp_path / "x")
+    works("train.py", "--init", trained / "ckpt.pt", "--steps", 40, "--device", "cpu", "--out", tmp_path / "longer")
+    longer = run_of(tmp_path / "longer")
+    assert longer["step"] == 40 and longer["flops"] > run_of(trained)["flops"]
+    assert [row["step"] for row in longer["log"] if row["step"] > 30][-1] == 40
+    # what cannot change is named
+    for option in (["--method", "lidas"], ["--layers", 8], ["--width", 64], ["--encoding", "gpt2"], ["--alpha", 1],
+                   ["--kv-heads", 1]):
+        refused(option[0], "train.py", "--init", trained / "stable.pt", *option, "--out", tmp_path / "x")
+    cut = written(tmp_path / "cut.pt", (trained / "ckpt.pt").read_bytes()[:5000])
+    for options, message in (
+            (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"), (["--loop", "2x"], "e-LxK-d"),
+            (["--path", "3-1"], "a path is"), (["--loop", "2x2", "--path", "0-3"], "--path"),
+            (["--init", tmp_path / "none.pt"], "none.pt"), (["--init", cut], "not a whole checkpoint"),
+            (["--init", trained / "log.jsonl"], "not a model")):
+        refused(message, "train.py", "--init", trained / "stable.pt", *options, "--device", "cpu", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 # -----------------------------------------------------------------------------
 # files
 
 
-LINES = [f"Mia lives in Dover and keeps {n} cats." for n in range(400)]
+def test_held_out_documents_of_files_are_the_last_ones_and_not_trained_on(on_text):
+    tokenizer, args = get_tokenizer("gpt2"), Namespace(out="run", context=128, seed=0, field="body", resume=True)
+    row, rows, _ = train.file_stream(args, tokenizer, "general", [str(on_text.files[0])])
+    lines = [json.loads(line)["body"] for line in on_text.files[0].read_text().splitlines()]
+    heldout = tokenizer.decode(rows.flatten().tolist()).split("<|endoftext|>")[1:-1]      # the last one is cut short
+    first = lines.index(heldout[0])
+    assert len(heldout) > 10 and heldout == lines[first:first + len(heldout)] and first + len(heldout) > 495
+    n = len({tuple(row(i)) for i in range(1000)})
+    epochs = [[tuple(row(i)) for i in range(n * epoch, n * epoch + n)] for epoch in (0, 1)]
+    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == n and epochs[0] != epochs[1]     # each once
+    trained_on = tokenizer.decode([token for line in epochs[0] for token in line])
+    assert not any(line in trained_on for line in heldout) and lines[0] in trained_on
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """The same documents in every format."""
-    folder = tmp_path_factory.mktemp("files")
-    jsonl = "".join(json.dumps({"text": line}) + "\n" for line in LINES)
-    (folder / "a.jsonl").write_text(jsonl)
-    with gzip.open(folder / "a.jsonl.gz", "wt") as f:
-        f.write(jsonl)
-    encoding = load_encoding(evaluate.world_words())
-    tokens = np.concatenate([[encoding.eot_token] + encoding.encode_ordinary(line) for line in LINES])
-    tokens.astype(np.uint16).tofile(folder / "raw.bin")
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    with open(folder / "header.bin", "wb") as f:
-        f.write(header.tobytes() + tokens.astype(np.uint16).tobytes())
-    (folder / "a.txt").write_text("\n".join(LINES))
-    (folder / "qa.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 500)
-    return folder, encoding, tokens
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "raw.bin", "header.bin"])
-def test_every_format_gives_the_same_tokens(files, name):
-    folder, encoding, tokens = files
-    written = bytearray()
-    encode([str(folder / name)], encoding, written.extend)
-    assert np.array_equal(np.frombuffer(bytes(written), dtype=np.uint16), tokens)
-
-
-def test_plain_text_is_one_document_and_questions_are_asked(files):
-    folder, encoding, _ = files
-    assert list(texts_of(str(folder / "a.txt"))) == ["\n".join(LINES)]
-    assert next(texts_of(str(folder / "qa.jsonl"))) == "Question: 1+1?\nAnswer: #### 2"
-
-
-def test_held_out_rows_of_files_are_the_last_ones_and_not_trained_on(files, tmp_path):
-    folder, encoding, tokens = files
-    args = Namespace(out=str(tmp_path / "run"), context=48, encoding="world")
-    rows, heldout = train.file_stream(args, encoding, [str(folder / "a.jsonl")])
-    whole = np.concatenate((rows, heldout)).reshape(-1)
-    assert np.array_equal(whole, tokens[:len(whole)]) and len(tokens) - len(whole) < 49
-    assert len(heldout) == -(-(len(rows) + len(heldout)) // 20)
-
-
-def test_another_encoding_is_not_served_from_the_cache(files, tmp_path):
-    """Token files that outlive a change of the encoding train on noise, with a loss that looks fine."""
-    folder, encoding, _ = files
-    args = Namespace(out=str(tmp_path / "run"), context=48, encoding="world")
-    other = load_encoding(evaluate.world_words()[::-1])
-    for produce in (lambda e: train.world_stream(args, e, "math", 4)[0],
-                    lambda e: train.file_stream(args, e, [str(folder / "a.jsonl")])[0]):
-        assert encoding.decode(produce(encoding)[0]) == other.decode(produce(other)[0])
-
-
-def test_training_on_files(files, tmp_path):
-    folder, encoding, _ = files
-    command = [*TINY_RUN, "--encoding", "world", "--data", folder / "a.jsonl", folder / "raw.bin", "--math",
-               folder / "qa.jsonl", "--out", tmp_path / "run"]
-    assert script("train.py", *command).returncode == 0
-    checkpoint = weights(tmp_path / "run")
-    assert set(checkpoint["heldout"]) == {"general", "math"}
-    losses = [row["loss math"] for row in checkpoint["log"] if "loss math" in row]
-    assert losses[-1] < losses[0]
+def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_gpt2, tmp_path):
+    """Token files that outlive a change of the data train on something else, with a loss that looks fine."""
+    short, other = written(tmp_path / "short.txt", "a" * 99), written(tmp_path / "other.txt", "b" * 9999)
+    refused("too few", "train.py", *TINY_RUN, "--data", short, "--out", tmp_path / "run")
+    works("train.py", *TINY_RUN, "--steps", 10, "--evals", 1, "--data", other, "--out", tmp_path / "run")
+    assert (run_of(tmp_path / "run")["heldout"]["general"] == ord("b")).all()
 
 # -----------------------------------------------------------------------------
 # bad input
 
-
-def bad_file(folder, name, content=b""):
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
-BAD = {
-    "missing file": (lambda d: ["--data", d / "none.txt"], "no file"),
-    "empty file": (lambda d: ["--data", bad_file(d, "empty.txt"), "--encoding", "world"], "too short"),
-    "unknown method": (lambda d: ["--method", "midway"], "invalid choice"),
-    "block that does not divide": (lambda d: ["--block", 4], "blocks of 4"),
-    "context too long": (lambda d: ["--data", bad_file(d, "s.txt", b"few words"), "--encoding", "world"],
-                         "--context"),
-    "token beyond the vocabulary": (lambda d: ["--data", bad_file(d, "t.bin", b"\xff\xff" * 999),
-                                               "--encoding", "world"], "65535"),
-    "odd byte count": (lambda d: ["--data", bad_file(d, "o.bin", b"123"), "--encoding", "world"], "3 bytes"),
-    "cut token file": (lambda d: ["--data", bad_file(d, "c.bin", np.array(
-        [20240520, 1, 9] + [0] * 253, dtype=np.int32).tobytes()), "--encoding", "world"], "cut short"),
-    "broken line": (lambda d: ["--data", bad_file(d, "b.jsonl", b'{"text": "a"}\n{"text"'), "--encoding",
-                               "world"], "line 2"),
-    "line without text": (lambda d: ["--data", bad_file(d, "n.jsonl", b'{"body": "a"}\n'), "--encoding",
-                                     "world"], "line 1"),
-    "text that is none": (lambda d: ["--data", bad_file(d, "z.jsonl", b'{"text": null}'), "--encoding",
-                                     "world"], "line 1"),
-    "not UTF-8": (lambda d: ["--data", bad_file(d, "u.txt", b"\xff\xfe\x00a"), "--encoding", "world"],
-                  "UTF-8"),
-    "cut gzip": (lambda d: ["--data", bad_file(d, "g.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9]),
-                            "--encoding", "world"], "gzip"),
-    "damaged gzip": (lambda d: ["--data", bad_file(d, "d.jsonl.gz", gzip.compress(b"{}")[:12] + b"?" * 9),
-                                "--encoding", "world"], "gzip"),
-    "unknown encoding": (lambda d: ["--data", bad_file(d, "e.txt", b"a b"), "--encoding", "gtp2"],
-                         "no encoding"),
-    "math too short": (lambda d: ["--math", bad_file(d, "m.txt", b"a b")], "too short"),
-    "no loop": (lambda d: ["--method", "looped", "--loop", "2x"], "e-LxK-d"),
-    "loop against layers": (lambda d: ["--method", "looped", "--loop", "2x2"], "contradicts"),
-    "nothing to loop": (lambda d: ["--method", "looped", "--layers", 2], "3 layers"),
-    "loop with growth": (lambda d: ["--loop", "2-2x2-2"], "--method looped"),
-    "too few steps": (lambda d: ["--steps", 2], "too few"),
-    "no number": (lambda d: ["--lr", "fast"], "invalid float"),
-    "lr of nan": (lambda d: ["--lr", "nan"], "--lr"),
-    "lr of 0": (lambda d: ["--lr", 0], "above 0"),
-    "alpha of 0": (lambda d: ["--alpha", 0], "above 0"),
-    "heads": (lambda d: ["--heads", 5], "n_head"),
-    "foreign checkpoint": (lambda d: ["--init", bad_file(d, "ckpt.pt", b"hello")], "not a whole checkpoint"),
-    "unwritable out": (lambda d: ["--out", bad_file(d, "file", b"") / "run"], "file"),
+UINT32 = np.arange(9999, dtype=np.uint32) % 200
+BAD_FILES = {       # name: content, what is said
+    "none.txt": (None, "no file"), "empty.txt": (b"", "too few"), "few.txt": (b"few words", "--context"),
+    # an unknown ending fell through to the most permissive reader: trained on as prose
+    "array.json": (b'[{"text": "a"}]', "expected .txt"), "table.csv": (b"a,b\n" * 999, "expected .txt"),
+    "page.html": (b"<p>" * 999, "expected .txt"), "README": (b"words " * 999, "expected .txt"),
+    "x.npy": (b"\x93NUMPY" + b"12" * 999, "expected .txt"), "zip.txt.gz": (b"", "expected .txt"),
+    # not uint16 tokens of this encoding
+    "uint32.bin": (UINT32.tobytes(), "every second"), "odd.bin": (b"123", "3 bytes"), "empty.bin": (b"", "0 bytes"),
+    "large.bin": (b"\xff\xff" * 999, "65535"),
+    "cut.bin": (np.array([20240520, 1, 9] + [0] * 253, dtype=np.int32).tobytes(), "cut short"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text"', "line 2"), "list.jsonl": (b'{"text": "a"}\n[1]\n', "line 2"),
+    "field.jsonl": (b'{"body": "a"}\n', "--field"), "null.jsonl": (b'{"text": null}\n' * 999, "null.jsonl"),
+    "latin.txt": (b"\xff\xfe\x00a", "utf-8"), "latin.jsonl": (b'{"text": "\xff"}', "utf-8"),
+    "cut.jsonl.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xabV*I", "cut.jsonl.gz"),
+    "none.jsonl.gz": (b"hello", "none.jsonl.gz"), "characters/train.bin": (bytes(9998), "meta.pkl"),
 }
 
 
-@pytest.mark.parametrize("make, message", BAD.values(), ids=BAD)
-def test_bad_input_ends_in_one_line(make, message, tmp_path):
-    out = tmp_path / "out" / "run"
-    result = script("train.py", *TINY_RUN, "--out", out, *make(tmp_path))
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert result.returncode == 2 and len(errors) == 1 and message in errors[0], errors
-    assert not out.exists()
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_end_in_one_line(name, tmp_path, bytes_for_gpt2):
+    content, message = BAD_FILES[name]
+    (tmp_path / "characters").mkdir()
+    written(tmp_path / "characters" / "meta.pkl", b"")          # nanoGPT's: another encoding
+    file = tmp_path / name if content is None else written(tmp_path / name, content)
+    refused(message, "train.py", *TINY_RUN, "--data", file, "--out", tmp_path / "run")
+    left = os.listdir(tmp_path / "run") if (tmp_path / "run").exists() else []
+    assert set(left) <= {"lock", "general.tokens"}          # which the next start does not take for its own
 
 
-def test_resuming_with_other_settings_and_running_twice_are_refused(trained, tmp_path):
-    assert "--batch" in script("train.py", "--out", trained, "--resume", "--batch", 8).stderr
-    assert "--resume" in script("train.py", *TINY_RUN, "--out", trained).stderr
-    assert "stable.pt" in script("train.py", "--init", trained / "ckpt.pt", "--out", tmp_path / "x").stderr
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes((trained / "ckpt.pt").read_bytes()[:5000])
-    assert "not a whole checkpoint" in script("train.py", "--init", cut, "--out", tmp_path / "y").stderr
-    assert not (tmp_path / "y").exists()
+BAD = {     # options: what is said
+    "--method midway": "invalid choice", "--method looped": "invalid choice", "--block 4": "blocks of 4",
+    "--encoding gtp2 --data {text}": "no encoding", "--encoding profiles": "no encoding", "--steps 2": "too few",
+    "--loop 1-2x2-1": "--loop", "--path 0-3": "--path",
+    "--lr fast": "invalid float", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
+    "--kv-heads 2": "n_kv_head", "--cooldown 1": "--steps", "--batch 0": "positive_int", "--seed -1": "--seed",
+    "--data {text} --math-share 0.5": "--math-share", "--math {none}": "no file", "--device gpu": "no device",
+    "--out {text}/run": "",
+    "--context 16": "16",                               # the built-in tasks do not fit: said before training
+    # options that do not apply are named, not passed over
+    "--method baseline --alpha 1": "--alpha", "--method baseline --block 2": "--block",
+    "--resume": "there is no run in", "--resume --steps 30": "there is no run in",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_options_end_in_one_line(options, tmp_path, bytes_for_gpt2):
+    text, out = written(tmp_path / "text.txt", "some words " * 999), tmp_path / "out" / "run"
+    options_given = options.format(text=text, none=tmp_path / "none").split()
+    refused(BAD[options], "train.py", *TINY_RUN, "--out", out, *options_given)
+    assert not out.exists() or set(os.listdir(out)) <= {"lock"}
+
+
+def test_resuming_with_other_settings_or_data_is_refused(trained, tmp_path, monkeypatch):
+    for option, value in (("--batch", 8), ("--seed", 5), ("--warmup", 49), ("--steps", 31)):
+        refused(option, "train.py", "--out", trained, "--resume", option, value)
+    refused("--resume", "train.py", *TINY_RUN, "--out", trained)
+    shutil.copytree(trained, tmp_path / "runs" / "first")
+    missing = refused("first", "train.py", "--resume", "--out", tmp_path / "runs" / "frist")     # it started anew
+    assert not (tmp_path / "runs" / "frist").exists() and not missing.stdout
+    row = evaluate.world_row
+    monkeypatch.setattr(evaluate, "world_row", lambda *arguments: row(*arguments)[::-1].copy())
+    refused("changed", "train.py", "--out", tmp_path / "runs" / "first", "--resume")
+
+
+def test_options_and_devices_of_a_resumed_run(trained, tmp_path):
+    """A default that is given is an option too; a run of a GPU goes on without one, and blamed an option not given."""
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    for changed, check, options in (({"device": "cpu" if torch.cuda.is_available() else "cuda"}, works, ()),
+                                    ({"seed": 7}, lambda *command: refused("--seed", *command), ("--seed", 0))):
+        torch.save({**checkpoint, "args": {**checkpoint["args"], **changed}}, tmp_path / "run" / "ckpt.pt")
+        check("train.py", "--out", tmp_path / "run", "--resume", *options)
