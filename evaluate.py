@@ -1,7 +1,7 @@
 """
 Reasoning tasks, on a small world that is also the built-in training text.
 
-    python evaluate.py out/*/ckpt.pt                                # one table, mean +- std over seeds: a minute a model
+    python evaluate.py out/*/ckpt.pt                    # one table, mean +- std over seeds: a minute a model
     python evaluate.py out/*/ckpt.pt --tasks hops-3 --loop 3-2x1-3 3-2x2-3 3-2x3-3      # along loops (claims 2 and 4)
     python evaluate.py out/*/ckpt.pt --tasks rule --shots 0 1 2 4 8 16      # in-context curve (claim 3)
     python evaluate.py out/*/ckpt.pt --tasks hops-4 --finetune 16 64 256    # fine-tuning curve (claim 3)
@@ -9,8 +9,9 @@ Reasoning tasks, on a small world that is also the built-in training text.
     python evaluate.py out/*/ckpt.pt --curves --plot growth.png     # the log of the runs: hops against training FLOPs
 
 A *family* makes puzzles: a body and questions on it. Training text asks all of them, a task asks one. Each family's
-docstring begins with a puzzle, the answer after `|`, which is not a token. Copying, assignment and preschool are the
-reasoning primitives of MIDAS (arXiv 2409.19044), in their published formats, which training text never has.
+docstring begins with a puzzle; `/` is a line break, and the answer stands after `|`, which is not a token. Copying,
+assignment and preschool are the reasoning primitives of MIDAS (arXiv 2409.19044), in their published formats, which
+training text never has.
 """
 import argparse
 import copy
@@ -31,8 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import add_path_options, paired, paths_of, score_targets
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
-                   read_options, run_script, save_atomically)
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
+                   positive_int, read_options, run_script, save_figure)
 
 # -----------------------------------------------------------------------------
 # what there is
@@ -69,7 +70,8 @@ value Answer very short Python program Use the to resolve variable question Prog
 def lookups(rng, hops=1):
     """o= 14 / s= 4 / k= o / k=| 14 / o| 14     each name is asked three times, a quarter of the time bare
 
-    Half of the documents are plain; in the others further names are assigned to earlier ones.
+    Half of the documents are plain. In the others each further name is assigned to an earlier one, at most `hops`
+    assignments away from a number.
     """
     plain = rng.random() < 0.5
     n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
@@ -107,8 +109,8 @@ def open_book(rng):
     people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)
     body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
             for who, thing, place in zip(people, things, places)]
-    return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for names in (people, [f"the {x}" for x in things])
-                                    for what, place in zip(names, places)]
+    where = dict(zip(people, places)) | {f"the {thing}": place for thing, place in zip(things, places)}
+    return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where.items()]
 
 
 def portrait(rng):
@@ -141,7 +143,7 @@ def sums(rng):
 
 
 def word_problem(rng):
-    """Anna has 3 keys . Ben has 5 keys . Anna finds 4 more . / How many does Anna have ?| 7"""
+    """Anna has 3 key . Ben has 5 key . Anna finds 4 more . / How many does Anna have ?| 7"""
     people = rng.sample(PEOPLE, 2)
     count, who, n = [rng.randint(1, 9), rng.randint(1, 9)], rng.randrange(2), rng.randint(1, 9)
     word = rng.choice(THINGS)
@@ -231,7 +233,7 @@ SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 STREAMS = {     # weights of the documents
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
     "math": {lookups: 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
-TASKS = {   # name: family, options, accuracy of a guess that knows what is asked, but not the answer
+TASKS = {   # name: family, options, chance: who knows the possible answers and guesses
     **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
     "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
@@ -273,8 +275,8 @@ def document(rng, stream, heldout=False):
 
 
 def example(task, rng, shots=0, heldout=True):
-    """-> prompt, answer, with worked examples before it: never held out, an empty line after each; of a rule, other lines
-    of the same one."""
+    """-> prompt, answer. Before the question stand `shots` worked examples of the training half, an empty line after
+    each. Of a rule they are other lines of the same rule."""
     family, options, _ = TASKS[task]
     if family is rule:
         body, [*before, (question, answer)] = puzzle(rule, {"lines": shots + 1}, rng, heldout)
@@ -334,7 +336,7 @@ def read_jsonl(file):
                     if not isinstance(item, dict):
                         raise ValueError("not an object")
                     yield item
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8, and half a gzip file
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8
             raise ValueError(f"{file}, line {number or 1}: {error}")
 
 
@@ -355,8 +357,8 @@ def check_text_file(file):
 
 
 def documents(file, field=None):
-    """The texts of a .txt, .md, .jsonl or .jsonl.gz file: one, or one a line: what it has as `field`, "text", or
-    "question" and "answer"."""
+    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field`, else its "text",
+    else its "question" and "answer"."""
     if not file.lower().endswith((".jsonl", ".gz")):
         with open(file, encoding="utf-8-sig") as f:
             yield f.read()
@@ -405,9 +407,9 @@ def encode_files(files, tokenizer, field=None):
                 yield np.array([tokenizer.eot] + tokenizer.encode(text))
 
 
-def rows_of(file, tokenizer, width, n):
-    """The first n rows (n, width) of a file of text, for a held-out loss."""
-    tokens = []
+def rows_of(file, checkpoint, context, n):
+    """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
+    tokenizer, width, tokens = get_tokenizer(checkpoint["tokenizer"]), min(context, 256) + 1, []
     for part in encode_files([file], tokenizer):
         tokens.extend(part[:n * width - len(tokens)].tolist())
         if len(tokens) == n * width:
@@ -428,14 +430,15 @@ def encode_example(tokenizer, prompt, answer):
 
 
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
-    """n different examples of a task, or all that it has -> [(prompt tokens, answer tokens), ...], shots: as many
-    as the longest fits."""
+    """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
+    longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
     for shots in range(shots, -1, -1):
         examples = {}
         for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
-            question, _ = example(task, random.Random(f"{seed} {task} {i}"))
+            name = f"{seed} {task} {i}"
+            question, _ = example(task, random.Random(name))
             if question not in examples:
-                examples[question] = encode_example(tokenizer, *example(task, random.Random(f"{seed} {task} {i}"), shots))
+                examples[question] = encode_example(tokenizer, *example(task, random.Random(name), shots))
             if len(examples) == n:
                 break
         examples = list(examples.values())
@@ -447,6 +450,7 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
 def padded(examples):
     """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, T): targets are -1 but where a token of the
     answer is predicted. The padding is after the answer, where nothing looks."""
+    # [a b c], [d e] -> tokens a b c d, targets -1 -1 d e
     tokens = [torch.tensor((prompt + answer)[:-1]) for prompt, answer in examples]
     targets = [torch.tensor([-1] * (len(prompt) - 1) + answer) for prompt, answer in examples]
     return pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
@@ -466,8 +470,8 @@ def is_right(model, examples, path=None, batch=32):
 
 
 def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
-    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se (standard
-    error), n, chance, shots that fit."""
+    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
+    (standard error), n, chance, shots that fit."""
     shots = SHOTS.get(task, 0) if shots is None else shots
     examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
     return {**proportion(is_right(model, examples, path)), "chance": TASKS[task][2], "shots": shots}
@@ -545,7 +549,7 @@ def examples_of(args, checkpoint, context):
     """What a scan asks: --data, --questions or --task -> tokens, targets (n, T)"""
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if args.data:
-        rows = rows_of(args.data, tokenizer, min(context, 256) + 1, args.n)
+        rows = rows_of(args.data, checkpoint, context, args.n)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     if args.questions:
         pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
@@ -561,10 +565,10 @@ def measure(args, model, checkpoint):
     tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions or args.data else None
     paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
     if args.questions:
-        questions = read_questions(args.questions, args.n, max(args.shots or [0]))
-        for suffix, path in paths.items():
+        for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
+            questions = read_questions(args.questions, args.n, shots)
             right = answer_questions(model, tokenizer, questions, args.length, path)
-            yield "questions", suffix, os.path.basename(args.questions), proportion(right)
+            yield "questions by number of shots", suffix, str(shots), proportion(right)
     elif args.shots:
         for (suffix, path), task, shots in itertools.product(paths.items(), args.tasks, args.shots):
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
@@ -578,7 +582,7 @@ def measure(args, model, checkpoint):
                 score["se"] = statistics.stdev(draws) / args.draws ** 0.5
             yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), score
     elif args.curves:
-        for row in (row for row in checkpoint["log"] if "growth" not in row):
+        for row in (row for row in checkpoint.get("log", []) if "growth" not in row):
             when = {name: row[name] for name in ("step", "depth", "flops_share")}
             for column in (name for name in row if name.startswith(("hops-", "loss "))):
                 yield "training", "", column, {"value": row[column], **when}
@@ -590,7 +594,7 @@ def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
     """Held-out losses and accuracies along each path; the gain over the own path is paired over the examples."""
     losses = {f"loss {name}": rows for name, rows in checkpoint["heldout"].items()}
     if args.data:
-        losses = {os.path.basename(args.data): rows_of(args.data, tokenizer, min(model.config.context, 256) + 1, 64)}
+        losses = {os.path.basename(args.data): rows_of(args.data, checkpoint, model.config.context, 64)}
     columns = {"depth": len(model.config.resolve_path()), "params": sum(p.numel() for p in model.parameters()),
                **({"flops": checkpoint["flops"]} if "flops" in checkpoint else {})}
     table = "along paths" if len(paths) > 1 else "tasks"
@@ -616,10 +620,7 @@ def append_rows(file, rows):
 def plot_curves(file, rows, n_hops=5):
     """Accuracy by hops against training FLOPs, of the rows of --curves: mean and range over the seeds, and a dot where
     the model grows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs the package: pip install matplotlib")
+    Figure, = optional("matplotlib.figure", "Figure")
     figure = Figure(figsize=(3 * n_hops, 3), layout="constrained")
     for hop, axis in enumerate(figure.subplots(1, n_hops, sharey=True)):
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
@@ -637,23 +638,23 @@ def plot_curves(file, rows, n_hops=5):
             for place in (p for p in range(1, len(depths)) if depths[p] > depths[p - 1]):
                 axis.plot(shares[place - 1], values[place - 1].mean(), "o", color=f"C{i}", markersize=4)
         axis.axhline(TASKS["hops-0"][2], color="grey", linewidth=0.7, linestyle=":")
-        axis.set(title=f"{hop} hop{'s' * (hop != 1)}", xlabel="training FLOPs / baseline's", ylim=(0, 1.02))
+        axis.set(title=f"{hop} hop{'s' * (hop != 1)}", xlabel="share of a plain model's FLOPs", ylim=(0, 1.02))
     figure.axes[0].set_ylabel("accuracy")
     figure.axes[0].legend(fontsize="small")
-    save_atomically(file, lambda f: figure.savefig(f, format="png", dpi=120))
+    save_figure(file, figure)
 
 
 def print_tables(rows, side_by_side=7):
     """Prints one table per kind of row: a line per model, a column per measurement, the rest of many below. Cells are
     means over the seeds with their standard deviation, or, of one seed, with the standard error of its examples."""
+    # a run in a folder called baseline is the 100%; without one, FLOPs are absolute
     flops = max((row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")), default=0)
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
             seeds = cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})
             if (other := seeds.get(row["seed"], row).get("run")) != row.get("run"):
-                raise ValueError(f"{other} and {row.get('run')} share a line of a table: give them results files of "
-                                 f"their own")
+                raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
             seeds[row["seed"]] = row
         names, columns = (list(dict.fromkeys(x)) for x in zip(*cells))
         print(f"\n{table}")
@@ -694,8 +695,8 @@ def cell(rows, flops):
 # -----------------------------------------------------------------------------
 
 def label_of(name, checkpoint):
-    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name less the seed at its end,
-    so that runs that differ in the seed share a line."""
+    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name less the seed at its
+    end, so that runs that differ in the seed share a line."""
     seed = checkpoint.get("args", {}).get("seed", 0)
     folder, file = os.path.split(os.path.abspath(name))
     if os.path.isfile(name):
@@ -716,7 +717,7 @@ def make_parser():
     add_path_options(parser)
     # what to measure
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
-                        help="default: all; none after it: losses only")
+                        help="default: all; --tasks alone: losses only")
     parser.add_argument("-n", type=positive_int, help="examples a task (default: 200, +-3.5%% at most), or questions "
                                                       "(default: all)")
     parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")

@@ -11,7 +11,7 @@ With an odd number of blocks MIDAS and LIDAS agree. With an even one LIDAS takes
 the middle and the first half of the one after it: of 8 layers in blocks of 4, MIDAS copies 0-3 and LIDAS 2-5.
 
     python grow.py out/lidas/ckpt.pt --method lidas --block 2 --out deeper.pt
-    python grow.py SmolLM2-135M --path 0-23,6-29 --out deeper --dtype bfloat16      # a Hugging Face directory
+    python grow.py HuggingFaceTB/SmolLM2-135M --path 0-23,6-29 --out deeper --dtype bfloat16    # for Hugging Face
 
 Then `python train.py --init deeper.pt` trains on.
 """
@@ -90,6 +90,7 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     check_optimizer(old, model)
     check_optimizer(new, grown)
     state = {p: moments for part in old for p, moments in part.state.items()}
+    # a torch optimizer's state is keyed by parameter: find the one that holds the new parameter
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
     targets, taken = dict(grown.named_parameters()), set()
     for name, source in model.along(path).items():
@@ -137,7 +138,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
     parser.add_argument("--method", choices=METHODS, help="growth operator (default: lidas, without --loop or --path)")
-    parser.add_argument("--block", type=positive_int, default=2, help="layers to copy (default: 2, as train.py's)")
+    parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
     add_path_options(parser)
     parser.add_argument("--out", required=True, help="NAME.pt, or else a Hugging Face directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
@@ -152,7 +153,8 @@ def main():
         raise ValueError("one model is written: give one --loop or --path")
     if not paths and model.config.path is not None and not args.method:
         paths = [model.config.path]                 # a looped model is untied along its own path
-    path = paths[0] if paths else METHODS[args.method or "lidas"](model.config.n_layer, args.block)
+    block = args.block or checkpoint.get("args", {}).get("block") or 2
+    path = paths[0] if paths else METHODS[args.method or "lidas"](model.config.n_layer, block)
     print(f"{model.config.n_layer} -> {len(path)} layers, path {' '.join(map(str, path))}")
     for name, rows in checkpoint["heldout"].items():
         print(f"held-out {name} loss: {estimate_loss(model, rows):.4f} before, "

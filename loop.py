@@ -3,10 +3,10 @@ Looping: visiting a block of layers again, with the same weights. A loop is only
 looped at inference, trained to loop or not (claim 2 of the paper); a model trained to loop is one whose config
 carries the path, as Loop(e-LxK-d) of arXiv 2502.17416: e layers, L layers visited K times, d layers.
 
-    python loop.py out/lidas/ckpt.pt --prompt "k="                  # a middle block visited 1, 2, 3 and 5 times
-    python loop.py out/lidas/ckpt.pt --prompt "k=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
+    python loop.py out/lidas/ckpt.pt --prompt "Where does Mia live ?"   # a block visited 1, 2, 3, 5 times
+    python loop.py out/lidas/ckpt.pt --prompt "a=7 a=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
     python loop.py out/lidas/ckpt.pt --scan --task hops-3           # every block once more: which one helps?
-    python loop.py SmolLM2-135M --scan --questions mine.jsonl --plot scan.png       # any Llama of Hugging Face
+    python loop.py HuggingFaceTB/SmolLM2-135M --scan --questions mine.jsonl --plot scan.png     # any Llama
 """
 import argparse
 import os
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
-                   read_options, run_script, save_atomically)
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
+                   positive_int, read_options, run_script, save_figure)
 
 # -----------------------------------------------------------------------------
 # paths that loop, and how they are written
@@ -150,6 +150,8 @@ def show(model, checkpoint, args):
 def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
     from evaluate import append_rows, examples_of, label_of, read_jsonl     # only here: they stand above this file
+    if model.config.path:
+        raise ValueError("the scan is of models without a loop of their own: grow.py unties one")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
     kind = "loss" if args.data else args.by
     # 1. what an earlier command has measured already, of the same model on the same examples
@@ -186,18 +188,17 @@ def show_scan(model, checkpoint, args):
         label, seed = label_of(args.model, checkpoint)
         append_rows(args.results, [
             {"table": f"scan: the best block visited {args.visits} times", "model": label + suffix, "seed": seed,
-             "run": args.model, "column": args.task, "value": value, "n": len(tokens) // 2, "loop": best[0]["loop"]}
-            for suffix, value in (("", plain), (" gain", best[0]["reported"]))])
+             "run": args.model, "column": os.path.basename(args.data or args.questions or args.task),
+             "loop": best[0]["loop"], **({"n": len(tokens) // 2} if kind == "accuracy" else {}), **score}
+            for suffix, score in (("", {"value": plain}),
+                                  (" gain", {"value": best[0]["reported"], "se": best[0]["reported_se"]}))])
     if args.plot:
         plot_scan(args.plot, rows, n_layer, f"gain in {kind} of {args.visits} visits")
 
 
 def plot_scan(file, rows, n_layer, title):
     """A heat map: first layer of the block by last, the gain as the colour."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs the package: pip install matplotlib")
+    Figure, = optional("matplotlib.figure", "Figure")
     gains = torch.full((n_layer, n_layer), torch.nan)
     for row in rows:
         gains[row["start"], row["end"]] = (row["chosen"] + row["reported"]) / 2
@@ -207,7 +208,7 @@ def plot_scan(file, rows, n_layer, title):
     image = axis.imshow(gains, cmap="RdBu", vmin=-most, vmax=most, origin="lower")
     axis.set(title=title, xlabel="last layer of the block", ylabel="first layer")
     figure.colorbar(image)
-    save_atomically(file, lambda f: figure.savefig(f, format=os.path.splitext(file)[1][1:] or "png", dpi=150))
+    save_figure(file, figure)
 
 
 def main():
@@ -222,12 +223,11 @@ def main():
     # the scan
     parser.add_argument("--scan", action="store_true", help="visit every block once more: which one helps?")
     parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
-    parser.add_argument("--task", default="hops-2", help="what the scan asks: a task of evaluate.py "
-                                                         "(default: hops-2), or")
-    parser.add_argument("--data", metavar="FILE", help="the loss on text, or")
-    parser.add_argument("--questions", metavar="FILE.jsonl", help="questions and answers")
+    parser.add_argument("--task", default="hops-2", help="what it asks: a task of evaluate.py (default: hops-2)")
+    parser.add_argument("--data", metavar="FILE", help="in place of a task: text, scored by its loss")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="in place of a task: your questions and answers")
     parser.add_argument("--by", choices=["accuracy", "loss"], default="accuracy",
-                        help="what a gain is: in exact answers, or in nats per token of them (text: always)")
+                        help="gain in exact answers, or in nats per token of the answer (--data: always nats)")
     parser.add_argument("-n", type=positive_int, default=200, help="examples, or rows of text (default: 200)")
     parser.add_argument("--rows", metavar="FILE.jsonl", help="keep each block's row here, and go on from there")
     parser.add_argument("--results", metavar="FILE", help="append the best block's gain, for evaluate.py --table")

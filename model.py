@@ -18,6 +18,7 @@ The last section is the only place that opens and saves models: checkpoints, tok
 """
 import argparse
 import dataclasses
+import importlib
 import io
 import os
 import pathlib
@@ -185,11 +186,11 @@ class GPT(nn.Module):
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if self.config.eot is not None or 0 < seen < T - 1:
-            mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()[None]    # (1, T, T)
+            mask = torch.ones(T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)[None]
         if self.config.eot is not None:
             document = (tokens == self.config.eot).cumsum(1)                                # (B, T)
-            mask = mask & (document[:, :, None] == document[:, None, :])                    # (B, T, T)
-        return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None, seen:]
+            mask = mask & (document[:, seen:, None] == document[:, None, :])                # (B, T - seen, T)
+        return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None]
 
     def new_cache(self, path, batch, length):
         """Room for the keys and values of every *visit*: a layer visited twice attends, on its second visit,
@@ -262,7 +263,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir):
         """A Llama of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3), by hub name or directory, in float32.
         Raises ValueError naming what this architecture does not have."""
-        AutoConfig, AutoModel = import_transformers("AutoConfig", "AutoModelForCausalLM")
+        AutoConfig, AutoModel = optional("transformers", "AutoConfig", "AutoModelForCausalLM")
         check_llama(AutoConfig.from_pretrained(name_or_dir))        # before the weights are fetched
         try:
             hf, info = AutoModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
@@ -281,7 +282,7 @@ class GPT(nn.Module):
         """Writes the model along a path, every visit untied, as a Hugging Face Llama directory, which
         transformers, vLLM and llama.cpp open. files: {name: bytes} to write beside it, as a checkpoint's
         tokenizer["files"]. Raises ValueError where the directory exists."""
-        LlamaConfig, Llama = import_transformers("LlamaConfig", "LlamaForCausalLM")
+        LlamaConfig, Llama = optional("transformers", "LlamaConfig", "LlamaForCausalLM")
         check_outputs([folder])
         path = self.config.resolve_path(path)
         hf = Llama(LlamaConfig(**llama_settings(self.config, len(path))))
@@ -321,13 +322,13 @@ def estimate_loss(model, rows, path=None, batch=16):
 # -----------------------------------------------------------------------------
 # Hugging Face's names: the same architecture, with q, k, v and gate, up in matrices of their own
 
-def import_transformers(*names):
+def optional(module, *names):
+    """Names of a module whose package is not required. Raises ValueError where it is not installed."""
     try:
-        import transformers
+        module = importlib.import_module(module)
     except ImportError:
-        raise ValueError("Hugging Face models need the package: pip install 'transformers>=5'")
-    transformers.utils.logging.disable_progress_bar()
-    return [getattr(transformers, name) for name in names]
+        raise ValueError(f"this needs the package: pip install {module.split('.')[0]}")
+    return [getattr(module, name) for name in names]
 
 
 PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
@@ -409,8 +410,8 @@ def get_tokenizer(spec):
     try:
         encoding = tiktoken.get_encoding(spec)
     except Exception as error:          # whatever the network stack raises: the cause is in the message
-        raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR to a "
-                         f"folder that holds it, named by its hash ({error})")
+        raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR to "
+                         f"a folder that holds it, named by its hash ({error})")
     return Tokenizer(lambda text: encoding.encode(text, allowed_special="all"), encoding.decode,
                      encoding.eot_token, encoding.n_vocab)
 
@@ -429,7 +430,7 @@ def word_tokenizer(words, pattern):
 
 def hf_tokenizer(files):
     """{name: bytes} of hf_files -> Tokenizer."""
-    AutoTokenizer, = import_transformers("AutoTokenizer")
+    AutoTokenizer, = optional("transformers", "AutoTokenizer")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             pathlib.Path(folder, name).write_bytes(content)
@@ -444,7 +445,7 @@ def hf_tokenizer(files):
 
 def hf_files(name_or_dir):
     """The tokenizer, chat template and generation config of a Hugging Face model, or none -> {name: bytes}"""
-    AutoTokenizer, GenerationConfig = import_transformers("AutoTokenizer", "GenerationConfig")
+    AutoTokenizer, GenerationConfig = optional("transformers", "AutoTokenizer", "GenerationConfig")
     with tempfile.TemporaryDirectory() as folder:
         for kind in (AutoTokenizer, GenerationConfig):
             try:
@@ -479,6 +480,10 @@ def save_atomically(file, write):
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def save_figure(file, figure):
+    save_atomically(file, lambda f: figure.savefig(f, format=os.path.splitext(file)[1][1:] or "png", dpi=120))
 
 
 def save_checkpoint(file, model, **more):

@@ -6,7 +6,7 @@ the curves repeat with the block that was grown or looped (1b).
     python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt                      # curves and numbers: a minute
     python signatures.py out/*/ckpt.pt --quiet --plot signatures.png                 # runs of several seeds
     python signatures.py out/lidas/ckpt.pt --loop 3-2x2-3                            # along a looped path
-    python signatures.py SmolLM2-135M --data text.txt --block 4                      # any Llama of Hugging Face
+    python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4        # any Llama
 
 h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
 Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables, rows_of
 from loop import add_path_options, paths_of
-from model import (check_outputs, estimate_loss, get_tokenizer, pick_device, positive_int, read_options, run_script,
-                   save_atomically)
+from model import (check_outputs, estimate_loss, optional, pick_device, positive_int, read_options, run_script,
+                   save_atomically, save_figure)
 
 # -----------------------------------------------------------------------------
 # running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
@@ -69,11 +69,13 @@ def skip_effects(model, tokens, path=None, future=None, local=False, reduce="max
     """What leaving out one visit changes after it (arXiv 2505.13898, which takes the max over positions).
 
     Visit s is left out everywhere but at the first token of a document, and effect(s, l) = |D_l - D'_l| / |D_l| of
-    each later visit l; on the output |softmax - softmax'|_2. local: visit l is given its stream without D_s, and
-    nothing else is propagated. future=t: s is left out at positions < t only, and read at positions >= t of the
-    documents that began before t, where a change can have come through attention alone. reduce: "max" or "mean" over
-    the positions read, then the mean over sequences. -> effects (depth, depth), zero where l <= s; effect on the
-    output (depth,). Raises ValueError for another reduce or future.
+    each later visit l; on the output |softmax - softmax'|_2.
+    local: visit l is given its stream without D_s, and nothing else is propagated.
+    future=t: s is left out before t, and its effect is read from t on, in documents that began before t: only
+    attention can have carried it there.
+    reduce: "max" or "mean" over the positions read, then the mean over sequences.
+    -> effects (depth, depth), zero where l <= s; effect on the output (depth,). Raises ValueError for another reduce
+    or future.
     """
     path, h, a, m, last = trace(model, tokens, path)
     T, update, rope_and_mask = tokens.shape[1], a + m, model.rope_and_mask(tokens)
@@ -234,7 +236,7 @@ def numbers(model):
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
     period = {}
-    if len(model["path"]) >= 3 * block + 1 and block > 1:
+    if len(model["path"]) >= 3 * block + 1 and block > 1:       # without the first and the last block, more than one
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
         tables["1b: share of variance that visit mod block explains"] = period
@@ -278,10 +280,7 @@ def bars(path, result, names):
 
 def plot(file, models):
     """One figure: curves by visit, with their spread over the seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs the package: pip install matplotlib")
+    Figure, = optional("matplotlib.figure", "Figure")
     figure = Figure(figsize=(14, 3.2), layout="constrained")
     for axis, curve in zip(figure.subplots(1, 4), ["skip_output", "update", "cos_attention", "exit_kl"]):
         for i, name in enumerate(dict.fromkeys(model["name"] for model in models)):
@@ -292,7 +291,7 @@ def plot(file, models):
                 axis.fill_between(range(group.shape[1]), low, high, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(title=curve, xlabel="visit")
     figure.axes[0].legend(fontsize="small")
-    save_atomically(file, lambda f: figure.savefig(f, format="png", dpi=150))
+    save_figure(file, figure)
 
 # -----------------------------------------------------------------------------
 
@@ -316,8 +315,7 @@ def main():
     models = []
     for file, name, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
         if args.data:
-            width = min(model.config.context, 256) + 1
-            rows = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), width, args.rows)
+            rows = rows_of(args.data, checkpoint, model.config.context, args.rows)
         elif args.stream in checkpoint["heldout"]:
             rows = checkpoint["heldout"][args.stream][:args.rows]
         else:

@@ -49,15 +49,16 @@ from model import (GPT, GPTConfig, complete, estimate_loss, get_tokenizer, load_
 def file_stream(args, tokenizer, name, files):
     """Documents in files -> a stream of rows, permuted anew in each epoch; held-out rows; the tokens' checksum.
 
-    They are encoded once, into the run's folder. The last documents are held out: none is in both parts.
+    They are encoded once, into the run's folder. The last 64 rows, or a twentieth, are held out, from a document's
+    beginning on where one begins in them.
     """
     cache, width = os.path.join(args.out, f"{name}.tokens"), args.context + 1
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     if not os.path.exists(cache):
         parts = evaluate.encode_files(files, tokenizer, args.field)
         save_atomically(cache, lambda f: [f.write(part.astype(dtype).tobytes()) for part in parts])
-    tokens = np.fromfile(cache, dtype) if os.path.getsize(cache) < width else np.memmap(cache, dtype, mode="r")
-    n_heldout = min(64, -(-len(tokens) // width // 20))
+    tokens = np.memmap(cache, dtype, mode="r") if os.path.getsize(cache) else np.empty(0, dtype)
+    n_heldout = min(64, -(-len(tokens) // width // 20))         # rows
     starts = np.flatnonzero(tokens[-n_heldout * width:] == tokenizer.eot)
     cut = max(0, len(tokens) - n_heldout * width) + (starts[0] if len(starts) else 0)
     rows = tokens[:cut // width * width].reshape(-1, width)
@@ -185,7 +186,9 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
                 # 1. Nesterov's momentum
-                averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+                averages = [self.state[p]["momentum"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))   # (n, rows, columns)
@@ -204,8 +207,9 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
     With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]       # q, k, v together, and gate, up
+    of_layers = set(matrices)
+    others = [p for p in model.parameters() if p not in of_layers]
     adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay},
              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
     return [Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
@@ -244,8 +248,8 @@ SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
 OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
 GROWTH = ("block", "alpha")
 KEPT = ("lr", "steps", "batch", "context", "cooldown", "weight_decay", "math_share", "seed", "evals", "data", "math",
-        "field")                    # with --init, of the run that the model comes from
-CONFLICTS = {   # options that would be ignored: each with what has decided them
+        "field", "block")           # with --init from a run, these are that run's
+CONFLICTS = {   # options that another option decides already
     "init": ("method", "layers", *GROWTH, "width", "heads", "kv_heads", "encoding"),
     "loop": ("path", "method", "layers", *GROWTH), "path": ("method", "layers", *GROWTH)}
 
@@ -257,8 +261,8 @@ def make_parser():
                         help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
     parser.add_argument("--layers", type=positive_int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
     parser.add_argument("--block", type=positive_int, help="layers a stage (default: 2; CUDA: 4, as the papers)")
-    parser.add_argument("--alpha", type=float, help="PROP-alpha, above 0: more steps later (default: 0, equal "
-                                                    "stages: a block must have learned something to be copied)")
+    parser.add_argument("--alpha", type=float, help="PROP-alpha: above 0, later stages get more steps (default: "
+                                                    "0: early blocks must learn something to be copied)")
     parser.add_argument("--loop", metavar="E-LxK-D", help="train along a looped path: 2-2x2-2 visits the middle twice")
     parser.add_argument("--path", help="train along any path: 0-3,2-5")
     parser.add_argument("--width", type=positive_int, help="of the residual stream (default: 64; CUDA: 384)")
@@ -270,20 +274,20 @@ def make_parser():
     parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init 0.0001)")
-    parser.add_argument("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
-    parser.add_argument("--cooldown", type=float, default=0.2, help="share of steps (default: 0.2, SmolLM's)")
+    parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises (default: 50)")
+    parser.add_argument("--cooldown", type=float, default=0.2, help="the cooldown's share of all steps (default: 0.2)")
     parser.add_argument("--weight-decay", type=float, default=0.01,
                         help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
     parser.add_argument("--seed", type=int, default=0, help="of the init, the text and its order (default: 0)")
     # the data
     parser.add_argument("--data", nargs="+", metavar="FILE",
-                        help=".txt, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
+                        help=".txt, .md, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
     parser.add_argument("--math", nargs="+", metavar="FILE", help="for the cooldown (default: the world's)")
     parser.add_argument("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
-    parser.add_argument("--math-share", type=float, help="of rows in the cooldown (default: 0.75, with math)")
+    parser.add_argument("--math-share", type=float, help="share of math rows in the cooldown (default: 0.75)")
     parser.add_argument("--encoding", help="a tiktoken name (default: gpt2 for files, the world's words without)")
     # the run
-    parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD)")
+    parser.add_argument("--out", help="folder of checkpoints and log (default: out/METHOD, out/looped, out/init)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its arguments")
     parser.add_argument("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py, "
                                                         "or a Hugging Face name or directory")
@@ -297,7 +301,8 @@ def read_args():
     """-> args, and the model and checkpoint that the run starts from, or None, None."""
     parser, model, checkpoint = make_parser(), None, None
     args, given = read_options(parser, CONFLICTS)
-    out = args.out or os.path.join("out", args.method or ("looped" if args.loop or args.path else "lidas"))
+    kind = "init" if args.init else "looped" if args.loop or args.path else args.method or "lidas"
+    out = args.out or os.path.join("out", kind)
     latest = os.path.join(out, "ckpt.pt")
     if args.resume:
         if not os.path.exists(latest):
@@ -338,7 +343,8 @@ def complete_args(args, given, model, checkpoint):
             raise ValueError(f"--loop {args.loop} is of {n_layer} layers, the model has {model.config.n_layer}")
         if (args.context or 1) > model.config.context:
             raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
-        model.config.path = path and model.config.resolve_path(path) or model.config.path
+        if path:
+            model.config.path = model.config.resolve_path(path)
         args.method, args.layers = "init", len(model.config.resolve_path())
         args.start = checkpoint["step"] if "optimizers" in checkpoint else 0
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
@@ -379,8 +385,8 @@ def evaluation(model, heldout, tokenizer, args):
 def shown(row):
     """A row as text: held-out losses, and hops 0, 1, 2 ... in percent."""
     losses = "  ".join(f"{name.removeprefix('loss ')} {row[name]:.4f}" for name in row if name.startswith("loss "))
-    hops = " ".join(f"{100 * row[name]:.0f}" for name in row if name.startswith("hops-"))
-    return f"held-out {losses}" + (f"  hops 0.. {hops} %" if hops else "")
+    hops = [f"{100 * row[name]:.0f}" for name in row if name.startswith("hops-")]
+    return f"held-out {losses}" + (f"  hops 0-{len(hops) - 1}: {' '.join(hops)} %" if hops else "")
 
 
 class Run:
@@ -538,7 +544,8 @@ def train(run, model, optimizers, batches, rank):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
+        if first:
+            losses.append(loss.detach())        # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
         run.flops += training_flops(model.config, args.batch * args.context)
         done = step + 1
@@ -548,20 +555,21 @@ def train(run, model, optimizers, batches, rank):
             path = METHODS[args.method](model.config.n_layer, args.block)
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
-            model, training = grown, prepare(grown, args)
+            model, training = grown, prepare(grown, args)       # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
             if first:
                 run.grew(done, path, before, evaluation(model, run.heldout, run.tokenizer, args))
         # 5. report and save
-        if first and (done in reporting or signals):
+        stopped = list(signals)
+        if first and (done in reporting or stopped):
             run.report(model, done, torch.stack(losses).mean().item())
             losses.clear()
             if done == constant:                # first: a run that has ckpt.pt does not come here again
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
-        if signals:
+        if stopped:
             tqdm.write(f"stopped at step {done}; go on with --resume --out {args.out}")
-            sys.exit(128 + signals[0])
+            sys.exit(128 + stopped[0])
     return model
 
 
