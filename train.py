@@ -30,8 +30,8 @@ import sys
 import time
 import zlib
 
-# before torch is imported: on a busy machine threads that spin while they wait ran at a tenth of the speed
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# before torch is imported: on a busy machine threads that spin for long while they wait are slower than one
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import numpy as np
 import torch
 import torch.distributed as dist
