@@ -568,7 +568,7 @@ def measure(args, model, checkpoint):
         for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
             questions = read_questions(args.questions, args.n, shots)
             right = answer_questions(model, tokenizer, questions, args.length, path)
-            yield "questions by number of shots", suffix, str(shots), proportion(right)
+            yield f"{os.path.basename(args.questions)}: right answers by shots", suffix, str(shots), proportion(right)
     elif args.shots:
         for (suffix, path), task, shots in itertools.product(paths.items(), args.tasks, args.shots):
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)

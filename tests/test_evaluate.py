@@ -299,7 +299,7 @@ def test_the_command(trained, tmp_path):
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable
     shutil.copytree(trained, tmp_path / "lidas")        # two models of one name and seed were once one line
-    refused("share a line", "evaluate.py", model, tmp_path / "lidas" / "ckpt.pt", "--tasks")
+    refused("one name and one seed", "evaluate.py", model, tmp_path / "lidas" / "ckpt.pt", "--tasks")
 
 
 def test_curves_of_the_logs(trained, tmp_path):
