@@ -158,26 +158,8 @@ def word_problem(rng):
 # -----------------------------------------------------------------------------
 # families of tasks only
 
-def chains(rng, hops, chains=5):
-    """o= 14 / s= 4 / k= s / b= o / k=| 4     five chains side by side, each level a permutation of the last"""
-    names = rng.sample(NAMES, chains * (hops + 1))
-    level = dict(zip(names[:chains], rng.sample(NUMBERS, chains)))
-    body = [f"{name}={number}" for name, number in level.items()]
-    for i in range(chains, len(names), chains):
-        source = dict(zip(names[i:i + chains], rng.sample(list(level), chains)))
-        body += [f"{name}={other}" for name, other in source.items()]
-        level = {name: level[other] for name, other in source.items()}
-    return "\n".join(body) + "\n", [(f"{name}=", number) for name, number in level.items()]
-
-
-def copying(rng, words):
-    """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
-    words = rng.sample(words, 10)
-    return ("Fill in blank:\n\n" + " ".join(words),
-            [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
-
-
-WORDINGS = {    # the same puzzle in three wordings: header, question, what precedes the answer
+WORDINGS = {    # of one puzzle: header, question, what stands before the answer. All but `bare` are the published ones
+    "bare": ("", "{}=", ""),
     "basic": ("Fill in blank:\n\n", "{}=___. ->", ""),
     "math": ("The following is a set of simple mathematical equations.\n\n",
              "\nWhat is the numerical value of {}?\nAnswer:", " "),
@@ -185,17 +167,28 @@ WORDINGS = {    # the same puzzle in three wordings: header, question, what prec
              "variable in the question.\n\nProgram:\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " ")}
 
 
-def assignment(rng, depth=0, wording="basic"):
-    """Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10     each level of depth: five more names"""
+def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
+    """o= 14 / s= 4 / k= s / b= o / k=| 4     five chains side by side, each level a permutation of the last
+
+    So every value is right equally often: no shortcut beats a guess. The primitive "variable assignment" is the same
+    puzzle in a published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
+    """
     header, question, space = WORDINGS[wording]
-    names = rng.sample(string.ascii_lowercase, 5 * (depth + 1))
-    level = dict(zip(names[:5], rng.sample(NUMBERS[1:26], 5)))
+    names = rng.sample(names, 5 * (hops + 1))
+    level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
     body = [f"{name}={number}\n" for name, number in level.items()]
     for i in range(5, len(names), 5):
-        source = {name: rng.choice(list(level)) for name in names[i:i + 5]}
+        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))
         body += [f"{name}={other}\n" for name, other in source.items()]
         level = {name: level[other] for name, other in source.items()}
     return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
+
+
+def copying(rng, words):
+    """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
+    words = rng.sample(words, 10)
+    return ("Fill in blank:\n\n" + " ".join(words),
+            [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
 
 def preschool(rng, calculation=True):
@@ -237,7 +230,8 @@ TASKS = {   # name: family, options, chance: who knows the possible answers and 
     **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
     "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       (assignment, {"depth": depth, "wording": wording}, 1 / 5) for depth in (0, 1, 2) for wording in WORDINGS},
+       (chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5)
+       for depth in (0, 1, 2) for wording in ("basic", "math", "code")},
     "preschool": (preschool, {"calculation": False}, 1 / 17),
     "preschool-calc": (preschool, {}, 1 / 17),
     "rule": (rule, {}, 1 / 4), "closed-book": (closed_book, {}, 1 / 12), "open-book": (open_book, {}, 1 / 4),
@@ -288,8 +282,7 @@ def example(task, rng, shots=0, heldout=True):
     return before + body + question, answer
 
 
-HOPS = [f"hops-{hops}" for hops in range(5)]
-TASKS_AT_THE_END = ["hops-0", "hops-1", "hops-2", "hops-3", "rule", "closed-book", "open-book", "word-problem"]
+HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
 # worked examples before a question: five in the published formats, as published; else none
 SHOTS = {**{task: 5 for task in TASKS if task.startswith(("copy", "assign", "preschool"))}, "rule": 12}
 
@@ -309,12 +302,6 @@ def world_row(tokenizer, context, stream, heldout, seed, number):
     while len(row) <= context:
         row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
     return np.array(row[:context + 1])
-
-
-def check_context(tokenizer, context):
-    """Raises ValueError where what a run asks of itself does not fit its context."""
-    for task in (*HOPS, *TASKS_AT_THE_END):
-        encode_examples(task, tokenizer, context, 64)
 
 
 def hops(model, tokenizer, n=64):
@@ -340,12 +327,10 @@ def read_jsonl(file):
             raise ValueError(f"{file}, line {number or 1}: {error}")
 
 
-def is_number(value):
-    return isinstance(value, (int, float))
-
-
-def is_text(value):
-    return is_number(value) or isinstance(value, str) and value.strip() != ""
+def text_of(item, name):
+    """A field of a line as text, or None where there is none. A number counts as text."""
+    value = item.get(name)
+    return str(value) if isinstance(value, (str, int, float)) and str(value).strip() else None
 
 
 def check_text_file(file):
@@ -364,24 +349,23 @@ def documents(file, field=None):
             yield f.read()
         return
     for item in read_jsonl(file):
-        found = [str(item[name]) for name in (field, "text") if is_text(item.get(name))]
-        if not found and is_text(item.get("question")) and is_text(item.get("answer")):
-            found = [f"{ask(item['question'])} {item['answer']}"]
-        if not found:
+        question, answer = text_of(item, "question"), text_of(item, "answer")
+        asked = question and answer and f"{ask(question)} {answer}"
+        text = text_of(item, field) or text_of(item, "text") or asked
+        if not text:
             raise ValueError(f"{file}: a line has no text; it has {', '.join(item)}: name one with --field")
-        yield found[0]
+        yield text
 
 
 def bin_tokens(file, tokenizer):
     """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
-    header = np.fromfile(file, dtype=np.int32, count=256)
-    if len(header) == 256 and header[0] in (20240520, 20240801):        # GPT-2's tokens, Llama 3's
-        tokens = np.memmap(file, np.uint16 if header[0] == 20240520 else np.uint32, mode="r", offset=1024)
-        if len(tokens) != header[2]:
-            raise ValueError(f"{file} is cut short: its header says {header[2]} tokens, it holds {len(tokens)}")
-    elif (size := os.path.getsize(file)) % 2 or size == 0:
+    header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
+    if size >= 1024 and header[0] in (20240520, 20240801):      # its first number says: GPT-2's, or Llama 3's tokens
+        dtype = np.uint16 if header[0] == 20240520 else np.uint32
+        tokens = np.memmap(file, dtype, mode="r", offset=1024, shape=(int(header[2]),))     # refuses a file cut short
+    elif size == 0 or size % 2:
         raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
     else:
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
@@ -526,9 +510,10 @@ def read_questions(file, n=None, shots=0):
     """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first lines are the shots of all others."""
     pairs = []
     for item in read_jsonl(file):
-        if not is_text(item.get("question")) or not is_text(item.get("answer")):
+        question, answer = text_of(item, "question"), text_of(item, "answer")
+        if not question or not answer:
             raise ValueError(f"{file}: question {len(pairs) + 1} has no question or no answer")
-        pairs.append((ask(item["question"]), f" {item['answer']}"))
+        pairs.append((ask(question), f" {answer}"))
     if len(pairs) <= shots:
         raise ValueError(f"{file} holds {len(pairs)} questions, too few for {shots} shots")
     before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
@@ -564,7 +549,15 @@ def measure(args, model, checkpoint):
     """All that was asked for, of one model, one after another -> table, suffix of its line, column, score."""
     tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions or args.data else None
     paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
-    if args.questions:
+    if args.curves:
+        yield from curves(checkpoint.get("log", []))
+    elif args.finetune:
+        for task, n_train in itertools.product(args.tasks, args.finetune):
+            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=seed) for seed in range(3)]
+            yield (f"{task}: accuracy by number of fine-tuning examples", "", str(n_train),
+                   {"value": statistics.mean(draws), "se": statistics.stdev(draws) / len(draws) ** 0.5, "n": args.n,
+                    "chance": TASKS[task][2]})
+    elif args.questions:
         for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
             questions = read_questions(args.questions, args.n, shots)
             right = answer_questions(model, tokenizer, questions, args.length, path)
@@ -572,22 +565,19 @@ def measure(args, model, checkpoint):
     elif args.shots:
         for (suffix, path), task, shots in itertools.product(paths.items(), args.tasks, args.shots):
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-            if score.pop("shots") == shots:     # else they do not fit the context
+            if score["shots"] == shots:         # else so many do not fit the context
                 yield f"{task}: accuracy by number of shots", suffix, str(shots), score
-    elif args.finetune:
-        for task, n_train in itertools.product(args.tasks, args.finetune):
-            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + i) for i in range(args.draws)]
-            score = {"value": statistics.mean(draws), "n": args.n, "chance": TASKS[task][2], "draws": draws}
-            if args.draws > 1:
-                score["se"] = statistics.stdev(draws) / args.draws ** 0.5
-            yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), score
-    elif args.curves:
-        for row in (row for row in checkpoint.get("log", []) if "growth" not in row):
-            when = {name: row[name] for name in ("step", "depth", "flops_share")}
-            for column in (name for name in row if name.startswith(("hops-", "loss "))):
-                yield "training", "", column, {"value": row[column], **when}
     else:
         yield from tasks_and_losses(args, model, checkpoint, tokenizer, paths)
+
+
+def curves(log):
+    """What the log of a run has at each step."""
+    for row in log:
+        for column in row:
+            if column.startswith(("hops-", "loss ")):
+                yield "training", "", column, {"value": row[column],
+                                               **{name: row[name] for name in ("step", "depth", "flops_share")}}
 
 
 def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
@@ -595,11 +585,9 @@ def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
     losses = {f"loss {name}": rows for name, rows in checkpoint["heldout"].items()}
     if args.data:
         losses = {os.path.basename(args.data): rows_of(args.data, checkpoint, model.config.context, 64)}
-    columns = {"depth": len(model.config.resolve_path()), "params": sum(p.numel() for p in model.parameters()),
-               **({"flops": checkpoint["flops"]} if "flops" in checkpoint else {})}
     table = "along paths" if len(paths) > 1 else "tasks"
-    for column, value in columns.items():
-        yield table, "", column, {"value": value}
+    if table == "tasks" and checkpoint.get("log"):
+        yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
     for name, (suffix, path) in itertools.product(losses, paths.items()):
         yield table, suffix, name, {"value": estimate_loss(model, losses[name], path)}
     for task in args.tasks:
@@ -644,11 +632,10 @@ def plot_curves(file, rows, n_hops=5):
     save_figure(file, figure)
 
 
-def print_tables(rows, side_by_side=7):
-    """Prints one table per kind of row: a line per model, a column per measurement, the rest of many below. Cells are
-    means over the seeds with their standard deviation, or, of one seed, with the standard error of its examples."""
-    # a run in a folder called baseline is the 100%; without one, FLOPs are absolute
-    flops = max((row["value"] for row in rows if (row["model"], row["column"]) == ("baseline", "flops")), default=0)
+def print_tables(rows):
+    """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
+    are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
+    standard error of its examples."""
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
@@ -657,39 +644,34 @@ def print_tables(rows, side_by_side=7):
                 raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
             seeds[row["seed"]] = row
         names, columns = (list(dict.fromkeys(x)) for x in zip(*cells))
+        # 1. a line per model
+        lines = [["", "seeds", *columns]]
+        for name in names:
+            found = [cells.get((name, column), {}) for column in columns]
+            lines.append([name, str(len(set().union(*found))), *(cell(list(seeds.values())) for seeds in found)])
+        # 2. what the scores of a column share, as 20 or as 2-5
+        for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
+            found = [{round(scale * row[key]) for name in names for row in cells.get((name, column), {}).values()
+                      if key in row} for column in columns]
+            if any(found):
+                lines.append([key, "", *("-".join(map(str, sorted({min(x), max(x)}))) if x else "" for x in found)])
+        # 3. the longer side goes down
+        lines = [*zip(*lines)] if len(columns) > 8 else lines
+        first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
         print(f"\n{table}")
-        for i in range(0, len(columns), side_by_side):
-            print_band(cells, names, columns[i:i + side_by_side], flops)
+        for name, *texts in lines:
+            line = f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))
+            print(line.rstrip())
 
 
-def print_band(cells, names, columns, flops):
-    """The lines of some columns of a table, and below them what their scores share."""
-    lines = [["", "seeds", *columns]]
-    for name in names:
-        found = [cells.get((name, column), {}) for column in columns]
-        if any(found):
-            lines.append([name, str(len(set().union(*found)))] + [cell(list(x.values()), flops) for x in found])
-    for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):        # as 20, or as 2-5
-        found = [{round(scale * row[key]) for (_, name), seeds in cells.items() if name == column
-                  for row in seeds.values() if key in row} for column in columns]
-        if any(found):
-            lines.append([key, ""] + ["-".join(map(str, sorted({min(x), max(x)}))) if x else "" for x in found])
-    first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
-    for name, *texts in lines:
-        print(f"{name:{first}}" + "".join(f"  {x:>{width}}" for x, width in zip(texts, widths)))
-
-
-def cell(rows, flops):
-    """A cell's text. rows: of one column, one a seed; flops: training FLOPs of the baseline, or 0."""
+def cell(rows):
+    """A cell's text. rows: of one column, one a seed."""
     if not rows:
         return "-"
-    values, column = [row["value"] for row in rows], rows[0]["column"]
-    mean = statistics.mean(values)
-    if column in ("depth", "params", "flops"):
-        share = f"{mean / flops:.0%}" if flops else f"{mean:.1e}"
-        return {"depth": f"{mean:.0f}", "params": f"{mean / 1e6:.2f}M", "flops": share}[column]
-    spread = statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
-    scale, digits = (100, 1) if "n" in rows[0] else (1, 3)     # what is counted in n examples is a percentage
+    values = [row["value"] for row in rows]
+    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
+    # FLOPs are a share of a plain model's; what is counted in n examples is a percentage
+    scale, digits = (100, 0) if rows[0]["column"] == "flops" else (100, 1) if "n" in rows[0] else (1, 3)
     return f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
 
 # -----------------------------------------------------------------------------
@@ -722,7 +704,6 @@ def make_parser():
                                                       "(default: all)")
     parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
     parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
-    parser.add_argument("--draws", type=positive_int, default=3, help="of fine-tuning examples (default: 3)")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
@@ -731,7 +712,6 @@ def make_parser():
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
-    parser.add_argument("--columns", nargs="+", default=[], help="--table: only the columns of these names")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -744,9 +724,8 @@ def main():
     along, kinds = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
     args, _ = read_options(parser, {
         "questions": ("tasks", "data", "finetune", "curves"), "finetune": (*along, "data", "shots", "curves"),
-        "curves": (*along, "tasks", "data", "shots", "n"), "shots": ("data",), "no finetune": ("draws",),
-        "no questions": ("length",), "table": (*along, *kinds, "n", "results", "seed", "device"),
-        "no table": ("only", "columns")})
+        "curves": (*along, "tasks", "data", "shots", "n"), "shots": ("data",), "no questions": ("length",),
+        "table": (*along, *kinds, "n", "results", "seed", "device"), "no table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
     if args.plot and not (args.curves or args.table):
@@ -754,7 +733,8 @@ def main():
     check_outputs([args.plot], [args.results])
     args.n = args.n or (None if args.questions else 200)
     rows = list(read_jsonl(args.table)) if args.table else []
-    if any(not {"table", "model", "column", "seed"} <= row.keys() or not is_number(row.get("value")) for row in rows):
+    if any(not {"table", "model", "column", "seed"} <= row.keys() or type(row.get("value")) not in (int, float)
+           for row in rows):
         raise ValueError(f"{args.table} has rows that --results did not write")
     for name, label, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
         measured = measure(args, model, checkpoint)
@@ -763,7 +743,7 @@ def main():
                          **score})
             if args.results:
                 append_rows(args.results, rows[-1:])
-    rows = [row for row in rows if args.only in row["table"] and (not args.columns or row["column"] in args.columns)]
+    rows = [row for row in rows if args.only in row["table"]]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.plot:

@@ -21,7 +21,7 @@ import dataclasses
 
 import torch
 
-from loop import add_path_options, loop_path, paths_of
+from loop import add_path_options, loop_path, path_of
 from model import (GPT, check_outputs, estimate_loss, load_checkpoint, positive_int, read_options, run_script,
                    save_checkpoint)
 
@@ -148,13 +148,12 @@ def main():
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
 
     model, checkpoint = load_checkpoint(args.model)
-    paths = list(paths_of(args, model.config).values())
-    if len(paths) > 1:
-        raise ValueError("one model is written: give one --loop or --path")
-    if not paths and model.config.path is not None and not args.method:
-        paths = [model.config.path]                 # a looped model is untied along its own path
     block = args.block or checkpoint.get("args", {}).get("block") or 2
-    path = paths[0] if paths else METHODS[args.method or "lidas"](model.config.n_layer, block)
+    path = path_of(args, model.config)
+    if path is None and args.method is None:
+        path = model.config.path                    # a looped model is untied along its own path
+    if path is None:
+        path = METHODS[args.method or "lidas"](model.config.n_layer, block)
     print(f"{model.config.n_layer} -> {len(path)} layers, path {' '.join(map(str, path))}")
     for name, rows in checkpoint["heldout"].items():
         print(f"held-out {name} loss: {estimate_loss(model, rows):.4f} before, "

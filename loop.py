@@ -63,21 +63,30 @@ def parse_path(text):
 
 def add_path_options(parser):
     parser.add_argument("--loop", nargs="+", default=[], metavar="E-LxK-D",
-                        help="run along a loop: of 8 layers, 3-2x2-3 visits layers 3-4 twice")
+                        help="along a loop: of 8 layers, 3-2x2-3 visits layers 3-4 twice")
     parser.add_argument("--path", nargs="+", default=[], metavar="PATH",
-                        help="run along any path: 0-3,2-5,4-7 (inclusive) loops, 0-3,6-7 skips")
+                        help="along any path: 0-3,2-5,4-7 (inclusive) loops, 0-3,6-7 skips")
 
 
-def paths_of(args, config):
-    """--loop and --path of a command -> {what was written: path}, checked against the model's layers."""
+def paths_of(args, config=None):
+    """--loop and --path of a command -> {what was written: path}, checked against the model's layers, if there is
+    a model."""
     paths = {}
     for text in args.loop:
         n_layer, paths[text] = parse_loop(text)
-        if n_layer != config.n_layer:
+        if config and n_layer != config.n_layer:
             raise ValueError(f"--loop {text} is of {n_layer} layers, the model has {config.n_layer}")
     for text in args.path:
-        paths[text] = config.resolve_path(parse_path(text))
+        paths[text] = config.resolve_path(parse_path(text)) if config else parse_path(text)
     return paths
+
+
+def path_of(args, config=None):
+    """The one path of a command that takes one, or None."""
+    paths = list(paths_of(args, config).values())
+    if len(paths) > 1:
+        raise ValueError("give one --loop or one --path")
+    return paths[0] if paths else None
 
 # -----------------------------------------------------------------------------
 # the scan: which block is worth another visit? Every (start, end), on examples with answers

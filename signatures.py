@@ -4,7 +4,7 @@ Claim 1 of the paper is that looped and grown models share them: later layers ma
 the curves repeat with the block that was grown or looped (1b).
 
     python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt                      # curves and numbers: a minute
-    python signatures.py out/*/ckpt.pt --quiet --plot signatures.png                 # runs of several seeds
+    python signatures.py out/*/ckpt.pt --plot signatures.png                         # runs of several seeds
     python signatures.py out/lidas/ckpt.pt --loop 3-2x2-3                            # along a looped path
     python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4        # any Llama
 
@@ -12,7 +12,6 @@ h is the residual stream before a visit, a and m are the outputs of its attentio
 Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
 """
 import argparse
-import json
 import statistics
 
 import torch
@@ -20,8 +19,7 @@ import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables, rows_of
 from loop import add_path_options, paths_of
-from model import (check_outputs, estimate_loss, optional, pick_device, positive_int, read_options, run_script,
-                   save_atomically, save_figure)
+from model import check_outputs, estimate_loss, optional, pick_device, positive_int, run_script, save_figure
 
 # -----------------------------------------------------------------------------
 # running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
@@ -65,22 +63,22 @@ def contributions(model, tokens, path=None):
 
 
 @torch.no_grad()
-def skip_effects(model, tokens, path=None, future=None, local=False, reduce="max"):
-    """What leaving out one visit changes after it (arXiv 2505.13898, which takes the max over positions).
+def skip_effects(model, tokens, path=None, future=None, local=False):
+    """What leaving out one visit changes after it (arXiv 2505.13898): the maximum over positions, the mean over rows.
 
     Visit s is left out everywhere but at the first token of a document, and effect(s, l) = |D_l - D'_l| / |D_l| of
     each later visit l; on the output |softmax - softmax'|_2.
     local: visit l is given its stream without D_s, and nothing else is propagated.
     future=t: s is left out before t, and its effect is read from t on, in documents that began before t: only
     attention can have carried it there.
-    reduce: "max" or "mean" over the positions read, then the mean over sequences.
-    -> effects (depth, depth), zero where l <= s; effect on the output (depth,). Raises ValueError for another reduce
-    or future.
+    -> effects (depth, depth), zero where l <= s; effect on the output (depth,). Raises ValueError where no position
+    can be read.
     """
     path, h, a, m, last = trace(model, tokens, path)
     T, update, rope_and_mask = tokens.shape[1], a + m, model.rope_and_mask(tokens)
-    if reduce not in ("max", "mean") or future is not None and not 1 < future < T:
-        raise ValueError(f"expected max or mean, and a future position from 2 to {T - 1}: {reduce!r}, {future}")
+    # 1. where a visit is left out, and where its effect is read
+    if future is not None and not 1 < future < T:
+        raise ValueError(f"expected a future position from 2 to {T - 1}, not {future}")
     begins = tokens == (-1 if model.config.eot is None else model.config.eot)          # (B, T)
     begins[:, 0] = True
     skipped, read = ~begins, ~begins
@@ -93,10 +91,9 @@ def skip_effects(model, tokens, path=None, future=None, local=False, reduce="max
         raise ValueError("no document goes on past the future position: give longer documents or more rows")
 
     def over_positions(x):                              # (..., B, T) -> (...)
-        if reduce == "max":
-            return x.masked_fill(~read, 0).amax(-1)[..., rows].mean(-1).cpu()
-        return ((x * read).sum(-1)[..., rows] / read.sum(1)[rows]).mean(-1).cpu()
+        return x.masked_fill(~read, 0).amax(-1)[..., rows].mean(-1).cpu()
 
+    # 2. without each visit in turn
     output = model.head(model.norm(last)).softmax(-1)
     effects, on_output = torch.zeros(len(path), len(path)), torch.zeros(len(path))
     for s in range(len(path)):
@@ -212,12 +209,12 @@ def convergence(curve, other):
 COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip_later"]    # in the convergence
 
 
-def all_signatures(model, rows, block, path=None, reduce="max"):
+def all_signatures(model, rows, block, path=None):
     """Every signature on rows (n, T + 1) of held-out text -> dict of curves and matrices, by visit."""
     tokens = rows[:, :-1].long().to(model.embed.weight.device)
     result = contributions(model, tokens, path)
     for name, kind in {"skip": {}, "future": {"future": tokens.shape[1] // 2}, "local": {"local": True}}.items():
-        effects, on_output = skip_effects(model, tokens, path, reduce=reduce, **kind)
+        effects, on_output = skip_effects(model, tokens, path, **kind)
         result |= {f"{name}_effects": effects, f"{name}_output": on_output, f"{name}_later": later_mean(effects)}
     result["exit_kl"], result["exit_top5"] = early_exit(model, tokens, path)
     result["weights"] = weight_similarity(model, path)
@@ -240,6 +237,9 @@ def numbers(model):
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
         tables["1b: share of variance that visit mod block explains"] = period
+    if block < len(model["path"]):
+        tables["weights: cosine of visits apart"] = {
+            f"by {apart}": curves["weights"].diagonal(apart).mean().item() for apart in sorted({1, block})}
     tables["change of the loss, mean over places"] = {
         name: curves[name].mean().item() for name in curves if name.endswith(("_layer", "_block"))}
     return tables
@@ -300,41 +300,33 @@ def main():
     parser.add_argument("models", nargs="+", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
     parser.add_argument("--rows", type=positive_int, default=32, help="held-out rows (default: 32, for two digits)")
-    parser.add_argument("--stream", default="general", help="which held-out text (default: general; or math)")
-    parser.add_argument("--data", metavar="FILE", help="text in its place")
+    parser.add_argument("--data", metavar="FILE", help="text in place of the run's held-out general text")
     parser.add_argument("--block", type=positive_int, help="size of blocks (default: the run's own, else 2)")
-    parser.add_argument("--reduce", choices=["max", "mean"], default="max",
-                        help="skip effects over positions (default: max, as arXiv 2505.13898)")
-    parser.add_argument("--quiet", action="store_true", help="only the numbers, no curves")
-    parser.add_argument("--out", metavar="FILE.json", help="save the curves")
     parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl, for evaluate.py --table")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
-    args, _ = read_options(parser, {"data": ("stream",)})
-    check_outputs([args.out, args.plot], [args.results])
+    args = parser.parse_args()
+    check_outputs([args.plot], [args.results])
     models = []
     for file, name, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
         if args.data:
             rows = rows_of(args.data, checkpoint, model.config.context, args.rows)
-        elif args.stream in checkpoint["heldout"]:
-            rows = checkpoint["heldout"][args.stream][:args.rows]
+        elif "general" in checkpoint["heldout"]:
+            rows = checkpoint["heldout"]["general"][:args.rows]
         else:
-            raise ValueError(f"{file} has no held-out {args.stream} text: give another --stream, or --data FILE")
+            raise ValueError(f"{file} has no held-out text: give some with --data FILE")
         block = args.block or checkpoint.get("args", {}).get("block") or 2
         for suffix, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
-            curves = all_signatures(model, rows, block, path, args.reduce)
+            curves = all_signatures(model, rows, block, path)
             models.append({"file": file, "name": f"{name} {suffix}".strip(), "seed": seed, "path": path,
                            "block": block, "curves": curves})
-            if not args.quiet:
+            if len(args.models) <= 4:           # of more, only the numbers
                 print(f"\n{file}: depth {len(path)}, {len(rows)} rows of text")
                 bars(path, curves, ["update", "cos_attention", "skip_output", "skip_later"])
     rows = rows_of_models(models)
     print_tables(rows)
     if args.results:
         append_rows(args.results, rows)
-    if args.out:
-        curves = [{**model, "curves": {name: x.tolist() for name, x in model["curves"].items()}} for model in models]
-        save_atomically(args.out, lambda f: f.write(json.dumps(curves).encode()))
     if args.plot:
         plot(args.plot, models)
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import evaluate
 from grow import METHODS, depth_schedule, grow, grow_optimizer
-from loop import parse_loop, parse_path
+from loop import add_path_options, path_of
 from model import (GPT, GPTConfig, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
                    read_options, run_script, save_atomically, save_checkpoint)
 
@@ -148,11 +148,11 @@ def growth_plan(args):
     return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
 
 
-def flops_left(args, config, step):
-    """Training FLOPs from this step to the end."""
-    plan, flops = growth_plan(args), 0
+def flops_until(args, config, step):
+    """Training FLOPs of all steps before this one, those of the run that --init goes on with included."""
+    plan, flops = growth_plan(args), args.start_flops
     for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
-        flops += training_flops(config, max(0, end - max(start, step)) * args.batch * args.context, depth)
+        flops += training_flops(config, max(0, min(step, end) - start) * args.batch * args.context, depth)
     return flops
 
 # -----------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def build_model(args, tokenizer):
     torch.manual_seed(args.seed)
     # a GPU's matrix products are fast for sizes that are multiples of 64
     n_vocab = tokenizer.n_vocab if args.device == "cpu" else -(-tokenizer.n_vocab // 64) * 64
-    path = parse_loop(args.loop)[1] if args.loop else parse_path(args.path) if args.path else None
+    path = path_of(args)
     n_layer = max(path) + 1 if path else growth_plan(args)[0][1]
     return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
                          n_embd=args.width, d_ff=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
@@ -240,18 +240,15 @@ def prepare(model, args):
 # -----------------------------------------------------------------------------
 # arguments
 
+DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "cooldown": 0.2, "weight_decay": 0.01, "seed": 0,
+            "math_share": 0.75, "evals": 20, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 6000},
-    "mps": {"layers": 8, "width": 128, "heads": 4, "context": 192, "batch": 12, "steps": 6000},
-    "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000},
-}
+    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 6000},
+    "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000}}
 OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
-GROWTH = ("block", "alpha")
-KEPT = ("lr", "steps", "batch", "context", "cooldown", "weight_decay", "math_share", "seed", "evals", "data", "math",
-        "field", "block")           # with --init from a run, these are that run's
+DEPTH = ("method", "layers", "block", "alpha")
 CONFLICTS = {   # options that another option decides already
-    "init": ("method", "layers", *GROWTH, "width", "heads", "kv_heads", "encoding"),
-    "loop": ("path", "method", "layers", *GROWTH), "path": ("method", "layers", *GROWTH)}
+    "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads", "encoding")}
 
 
 def make_parser():
@@ -263,8 +260,7 @@ def make_parser():
     parser.add_argument("--block", type=positive_int, help="layers a stage (default: 2; CUDA: 4, as the papers)")
     parser.add_argument("--alpha", type=float, help="PROP-alpha: above 0, later stages get more steps (default: "
                                                     "0: early blocks must learn something to be copied)")
-    parser.add_argument("--loop", metavar="E-LxK-D", help="train along a looped path: 2-2x2-2 visits the middle twice")
-    parser.add_argument("--path", help="train along any path: 0-3,2-5")
+    add_path_options(parser)
     parser.add_argument("--width", type=positive_int, help="of the residual stream (default: 64; CUDA: 384)")
     parser.add_argument("--heads", type=positive_int, help="each at least 32 wide (default: 2; CUDA: 6)")
     parser.add_argument("--kv-heads", type=positive_int, help="fewer: grouped-query attention (default: as --heads)")
@@ -274,11 +270,11 @@ def make_parser():
     parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init 0.0001)")
-    parser.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises (default: 50)")
-    parser.add_argument("--cooldown", type=float, default=0.2, help="the cooldown's share of all steps (default: 0.2)")
-    parser.add_argument("--weight-decay", type=float, default=0.01,
-                        help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
-    parser.add_argument("--seed", type=int, default=0, help="of the init, the text and its order (default: 0)")
+    parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
+    parser.add_argument("--cooldown", type=float, help="the cooldown's share of all steps (default: 0.2)")
+    parser.add_argument("--weight-decay", type=float, help="of matrices (default: 0.01; the usual 0.1 makes small "
+                                                           "models copy later)")
+    parser.add_argument("--seed", type=int, help="of the init, the text and its order (default: 0)")
     # the data
     parser.add_argument("--data", nargs="+", metavar="FILE",
                         help=".txt, .md, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
@@ -291,69 +287,71 @@ def make_parser():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its arguments")
     parser.add_argument("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py, "
                                                         "or a Hugging Face name or directory")
-    parser.add_argument("--evals", type=positive_int, default=20, help="log lines and checkpoints (default: 20)")
+    parser.add_argument("--evals", type=positive_int, help="log lines and checkpoints (default: 20)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best one here)")
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="default: where it pays")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], help="default: where it pays")
     return parser
 
 
 def read_args():
     """-> args, and the model and checkpoint that the run starts from, or None, None."""
-    parser, model, checkpoint = make_parser(), None, None
-    args, given = read_options(parser, CONFLICTS)
+    args, given = read_options(make_parser(), CONFLICTS)
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method or "lidas"
-    out = args.out or os.path.join("out", kind)
-    latest = os.path.join(out, "ckpt.pt")
+    args.out = args.out or os.path.join("out", kind)
     if args.resume:
-        if not os.path.exists(latest):
-            runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(out)), "*", "ckpt.pt")))
-            raise ValueError(f"there is no run in {out}; runs: {', '.join(map(os.path.dirname, runs)) or 'none'}")
-        model, checkpoint = load_checkpoint(latest)
-        saved = checkpoint["args"]
-        for name in given - OF_THE_MACHINE:
-            if getattr(args, name) != saved[name]:
-                raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
-        args = argparse.Namespace(**{**saved, **{name: getattr(args, name) for name in given & OF_THE_MACHINE}})
-    elif args.init:
-        model, checkpoint = load_checkpoint(args.init)
-        if "optimizers" in checkpoint:           # its arguments are the defaults, and its steps are counted on
-            parser.set_defaults(**{name: checkpoint["args"][name] for name in KEPT}, warmup=0)
-            args = parser.parse_args()
-    if args.resume and "device" not in given and args.device.split(":")[0] not in ("cpu", pick_device()):
-        args.device = None                      # of another machine
-    args.out, args.device = out, pick_device(args.device or "auto")
-    if not args.resume:
-        complete_args(args, given, model, checkpoint)
-        check(args)
+        return resumed(args, given)
+    args.device = pick_device(args.device or "auto")
+    model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
+    complete_args(args, given, model, checkpoint)
+    check(args)
+    return args, model, checkpoint
+
+
+def resumed(args, given):
+    """A run that is resumed has its own arguments, but for those of the machine -> args, model, checkpoint"""
+    latest = os.path.join(args.out, "ckpt.pt")
+    if not os.path.exists(latest):
+        runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(args.out)), "*", "ckpt.pt")))
+        raise ValueError(f"there is no run in {args.out}; runs: {', '.join(map(os.path.dirname, runs)) or 'none'}")
+    model, checkpoint = load_checkpoint(latest)
+    saved = checkpoint["args"]
+    for name in given - OF_THE_MACHINE:
+        if getattr(args, name) != saved[name]:
+            raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
+    here = {name: getattr(args, name) for name in given & OF_THE_MACHINE} | {"out": args.out}
+    if "device" not in given and saved["device"].split(":")[0] not in ("cpu", pick_device()):
+        here["device"] = "auto"                 # it was another machine's
+    args = argparse.Namespace(**{**saved, **here})
+    args.device = pick_device(args.device)
     return args, model, checkpoint
 
 
 def complete_args(args, given, model, checkpoint):
-    """Defaults that depend on the device and on other arguments. Raises ValueError for options that do not apply."""
-    if args.method == "baseline" and given.intersection(GROWTH):
-        raise ValueError("--block and --alpha go with a --method that grows")
-    if "math_share" in given and args.data and not args.math:
-        raise ValueError("--math-share needs --math FILE, where the math is taken from")
-    n_layer, path = parse_loop(args.loop) if args.loop else (None, parse_path(args.path) if args.path else None)
-    defaults = {"lr": 3e-3, "block": 2, "alpha": 0.0, "math_share": 0.0 if args.data and not args.math else 0.75,
-                **SIZES.get(args.device.split(":")[0], SIZES["cpu"])}
-    args.start = 0
-    if args.init:
-        if n_layer not in (None, model.config.n_layer):
-            raise ValueError(f"--loop {args.loop} is of {n_layer} layers, the model has {model.config.n_layer}")
-        if (args.context or 1) > model.config.context:
-            raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
-        if path:
-            model.config.path = model.config.resolve_path(path)
-        args.method, args.layers = "init", len(model.config.resolve_path())
-        args.start = checkpoint["step"] if "optimizers" in checkpoint else 0
+    """What was not given is that of the run that is trained on, or else the default. Raises ValueError for options
+    that do not apply."""
+    defaults = DEFAULTS | SIZES.get(args.device.split(":")[0], SIZES["cpu"])
+    path = path_of(args, model.config if model else None)
+    if path:
+        defaults |= {"method": "looped", "layers": len(path)}
+    if model:
+        model.config.path = path or model.config.path
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
-    elif path:
-        args.method, args.layers = "looped", len(path)
-    for name, value in {"method": "lidas", **defaults}.items():
-        if getattr(args, name) is None:
+        if "optimizers" in checkpoint:          # its steps are counted on
+            defaults |= checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"],
+                                              "start_flops": checkpoint["log"][-1]["flops"]}
+        defaults |= {"method": "init", "layers": len(model.config.resolve_path())}
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.kv_heads = args.kv_heads or args.heads
+    if model and args.context > model.config.context:
+        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+    if args.method == "baseline" and given.intersection(("block", "alpha")):
+        raise ValueError("--block and --alpha go with a --method that grows")
+    if args.data and not args.math:
+        if "math_share" in given:
+            raise ValueError("--math-share needs --math FILE, where the math is taken from")
+        args.math_share = 0.0
 
 
 def check(args):
@@ -392,33 +390,31 @@ def shown(row):
 class Run:
     """What a run prints, keeps and saves; on the first process only, where there are several."""
 
-    def __init__(self, args, model, checkpoint, tokenizer, heldout, kept):
-        self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
-        goes_on = checkpoint is not None and "optimizers" in checkpoint
-        self.step = checkpoint["step"] if goes_on else args.start
-        self.log, self.flops = (checkpoint["log"], checkpoint["flops"]) if goes_on else ([], 0)
-        self.total = self.flops + flops_left(args, model.config, self.step)
-        self.plain = training_flops(model.config, args.steps * args.batch * args.context, args.layers)
-        self.since = None                               # (step, time, FLOPs) of the last report
+    def __init__(self, args, log, tokenizer, heldout, kept):
+        self.args, self.log, self.tokenizer, self.heldout, self.kept = args, log, tokenizer, heldout, kept
+        self.since = None                               # (step, time) of the last report
+
+    def evaluate(self, model):
+        return evaluation(model, self.heldout, self.tokenizer, self.args)
 
     def report(self, model, step, loss=None):
         """One line and one row of the log. loss: mean training loss since the last one. Raises ValueError when
         training has gone wrong."""
-        row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, self.args),
-               "lr": learning_rate(self.args, step), "depth": len(model.config.resolve_path()),
-               "flops": self.flops, "flops_share": self.flops / self.plain}
+        args, config, speed = self.args, model.config, ""
+        flops, depth = flops_until(args, config, step), len(config.resolve_path())
+        plain = training_flops(config, args.steps * args.batch * args.context, args.layers)
+        row = {"step": step, "loss": loss, **self.evaluate(model), "lr": learning_rate(args, step), "depth": depth,
+               "flops": flops, "flops_share": flops / plain}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
-        line = f"step {step:>6}/{self.args.steps}  " + (f"loss {loss:.4f}  " if loss else "") + shown(row)
         if self.since and step > self.since[0]:
             seconds = time.perf_counter() - self.since[1]
-            row["tokens_per_second"] = (step - self.since[0]) * self.args.batch * self.args.context / seconds
-            rate = (self.flops - self.since[2]) / seconds
-            eta = datetime.timedelta(seconds=round((self.total - self.flops) / rate))
-            line += f"  {row['tokens_per_second'] / 1e3:.1f}k tok/s  ETA {eta}"
-        tqdm.write(f"{line}  depth {row['depth']}  FLOPs {self.flops / self.plain:.0%}")
+            row["tokens_per_second"] = (step - self.since[0]) * args.batch * args.context / seconds
+            speed = f"  {row['tokens_per_second'] / 1e3:.1f}k tok/s"
+        tqdm.write(f"step {step:>6}/{args.steps}  " + (f"loss {loss:.4f}  " if loss else "") + shown(row) + speed
+                   + f"  depth {depth}  FLOPs {flops / plain:.0%}")
         self.log.append(row)
-        self.since = (step, time.perf_counter(), self.flops)
+        self.since = (step, time.perf_counter())
 
     def grew(self, step, path, before, after):
         self.log.append({"step": step, "growth": path, "before": before, "after": after})
@@ -428,7 +424,7 @@ class Run:
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(os.path.join(out, name), model, heldout=self.heldout, args=vars(self.args), step=step,
-                        log=self.log, flops=self.flops, optimizers=states, **self.kept)
+                        log=self.log, flops=flops_until(self.args, model.config, step), optimizers=states, **self.kept)
         save_atomically(os.path.join(out, "log.jsonl"),
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
 
@@ -478,8 +474,6 @@ def main():
     # ---- the data
     spec = checkpoint["tokenizer"] if checkpoint else args.encoding or ("gpt2" if args.data else evaluate.world_spec())
     tokenizer = get_tokenizer(spec)
-    if not args.data:
-        evaluate.check_context(tokenizer, args.context)
     lock = own_folder(args.out, args.resume) if rank == 0 else None
     if rank > 0:
         dist.barrier()          # the first one writes the token files
@@ -492,12 +486,14 @@ def main():
     optimizers = make_optimizers(model, args)
     for optimizer, state in zip(optimizers, (checkpoint or {}).get("optimizers", [])):
         optimizer.load_state_dict(state)
-    run = Run(args, model, checkpoint, tokenizer, heldout, {"tokenizer": spec, "data": data})
+    log = checkpoint["log"] if "optimizers" in (checkpoint or {}) else []
+    run = Run(args, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
     if args.resume and data != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     if rank == 0:
-        announce(args, run, model, checkpoint)
-    model = train(run, model, optimizers, Batches(streams, args, rank, world_size), rank)
+        announce(args, model, checkpoint)
+    start = checkpoint["step"] if args.resume else args.start
+    model = train(run, model, optimizers, Batches(streams, args, rank, world_size), start, rank)
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -505,31 +501,30 @@ def main():
     lock and lock.close()
 
 
-def announce(args, run, model, checkpoint):
-    """The first line of a run: what it is, and what it costs."""
-    depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
+def announce(args, model, checkpoint):
+    """The first line of a run: what it is."""
     if checkpoint and "optimizers" not in checkpoint:
         tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-    looped = f", along {' '.join(map(str, model.config.path))}" if model.config.path else ""
-    tqdm.write(f"{args.method}: depth {depths}{looped}, {args.steps - run.step} steps of {args.batch} x {args.context}"
-               f" tokens on {args.device}, layers {'' if compiles(args) else 'not '}compiled, {run.total:.2e} FLOPs ="
-               f" {run.total / run.plain:.0%} of a plain model's of depth {args.layers}")
+    depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
+    looped = f" along {' '.join(map(str, model.config.path))}" if model.config.path else ""
+    tqdm.write(f"{args.method}: depth {depths}{looped}, {args.steps} steps of {args.batch} x {args.context} tokens on "
+               f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
 
 
-def train(run, model, optimizers, batches, rank):
-    """The loop. -> the model, which growth has replaced."""
+def train(run, model, optimizers, batches, start, rank):
+    """The loop, from step `start` on. -> the model, which growth has replaced."""
     args, cuda, first = run.args, run.args.device.startswith("cuda"), rank == 0
     growth, constant = dict(growth_plan(args)[1:]), constant_steps(args)
     reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 2 ** 13 else 0
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, args.steps),
-                                         num_workers=workers, pin_memory=cuda)
+    steps = range(start, args.steps)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
     training, losses, signals = prepare(model, args), [], catch_signals(first)
     if first and not args.resume:
-        run.report(model, run.step)
-        run.save("ckpt.pt", model, optimizers, run.step)         # an unwritable --out is noticed now
-    for step, rows in zip(tqdm(loader.sampler, unit="step", disable=not first or None), loader):
+        run.report(model, start)
+        run.save("ckpt.pt", model, optimizers, start)           # an unwritable --out is noticed now
+    for step, rows in zip(tqdm(steps, unit="step", disable=not first or None), loader):
         # 1. the learning rate of this step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -544,29 +539,29 @@ def train(run, model, optimizers, batches, rank):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if first:
-            losses.append(loss.detach())        # stays on the device: the loop waits for it at the log lines only
+        losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
-        run.flops += training_flops(model.config, args.batch * args.context)
         done = step + 1
         # 4. grow: duplicate a block, and the optimizer's moments with it
         if done in growth:
-            before = evaluation(model, run.heldout, run.tokenizer, args) if first else None
+            before = run.evaluate(model) if first else None
             path = METHODS[args.method](model.config.n_layer, args.block)
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, training = grown, prepare(grown, args)       # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
             if first:
-                run.grew(done, path, before, evaluation(model, run.heldout, run.tokenizer, args))
+                run.grew(done, path, before, run.evaluate(model))
         # 5. report and save
         stopped = list(signals)
-        if first and (done in reporting or stopped):
-            run.report(model, done, torch.stack(losses).mean().item())
+        if done in reporting or stopped:
+            mean_loss = torch.stack(losses).mean().item()
             losses.clear()
-            if done == constant:                # first: a run that has ckpt.pt does not come here again
-                run.save("stable.pt", model, optimizers, done)
-            run.save("ckpt.pt", model, optimizers, done)
+            if first:
+                run.report(model, done, mean_loss)
+                if done == constant:            # first: a run that has ckpt.pt does not come here again
+                    run.save("stable.pt", model, optimizers, done)
+                run.save("ckpt.pt", model, optimizers, done)
         if stopped:
             tqdm.write(f"stopped at step {done}; go on with --resume --out {args.out}")
             sys.exit(128 + stopped[0])
@@ -586,18 +581,13 @@ def catch_signals(first):
     return signals
 
 
+@torch.compiler.set_stance("force_eager")
 def finish(model, args, tokenizer):
-    """A sample, the accuracies on a few tasks, and what to run next."""
+    """A sample, and what to run next."""
     torch.manual_seed(args.seed)
-    print("\na sample:\n" + complete(model, tokenizer, "", 80, temperature=0.8))
-    if not args.data:
-        print("\nright, of 200 held-out questions (chance in brackets):")
-        for task in evaluate.TASKS_AT_THE_END:
-            score = evaluate.accuracy(model, tokenizer, task)
-            print(f"  {task:<14} {score['value']:>6.1%} ({score['chance']:.0%})")
     file = os.path.join(args.out, "ckpt.pt")
-    print(f"\nsaved {file}. Next:\n  python evaluate.py {file}\n  python loop.py {file}\n"
-          f"  python signatures.py {file}")
+    print(f"\na sample:\n{complete(model, tokenizer, '', 80, temperature=0.8)}\n\nsaved {file}. Next:\n"
+          f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_commands_on_a_directory(directory, tmp_path):
     questions = written(tmp_path / "q.jsonl", '{"question": "1?", "answer": 2}\n' * 8)
     assert "<|im_start|>a|" in works("loop.py", directory, "--prompt", "<|im_start|>a", "--loop", "2-2x2-2").stdout
     assert "±" in works("loop.py", directory, "--scan", "--data", text, "-n", 8).stdout
-    works("signatures.py", directory, "--data", text, "--rows", 4, "--quiet")
+    works("signatures.py", directory, "--data", text, "--rows", 4)
     works("evaluate.py", directory, "--tasks", "--data", text)
     assert "q.jsonl" in works("evaluate.py", directory, "--questions", questions, "--length", 3).stdout
     command = ["train.py", "--init", directory, "--data", text, "--device", "cpu", "--batch", 2]

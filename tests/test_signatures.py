@@ -1,6 +1,6 @@
 """Signatures against a slow, obvious recomputation: whole forward passes and hooks."""
-import json
 import math
+import re
 
 import pytest
 import torch
@@ -63,21 +63,19 @@ def positions(tokens, eot, future):
 
 
 @paths
-@pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("future, eot", [(None, None), (9, None), (None, 5), (9, 5)])
-def test_skip_effects(path, reduce, future, eot):
+def test_skip_effects(path, future, eot):
     model, tokens = tiny_model(eot=eot), some_tokens()
     tokens[tokens == 5] = 6
     tokens[:, 7] = tokens[0, 13] = tokens[1, 9] = 5         # in row 1 no document of before position 9 goes on
-    effects, on_output = S.skip_effects(model, tokens, path, future=future, reduce=reduce)
+    effects, on_output = S.skip_effects(model, tokens, path, future=future)
     plain, logits = recorded(model, tokens, path)
     left_out, read = positions(tokens, eot, future)
     rows = [b for b in range(3) if read[b].any()]
     assert len(rows) == (2 if future and eot else 3)
 
     def over_positions(x):                                  # (B, T) -> a number
-        over = {"max": max, "mean": lambda values: sum(values) / len(values)}[reduce]
-        return sum(over([x[b, t].item() for t in range(20) if read[b, t]]) for b in rows) / len(rows)
+        return sum(max(x[b, t].item() for t in range(20) if read[b, t]) for b in rows) / len(rows)
     for s in range(len(path)):
         skipped, skipped_logits = recorded(model, tokens, path, s, left_out)
         for later in range(len(path)):
@@ -121,7 +119,7 @@ def test_a_visit_that_adds_nothing_gives_no_nan():
     assert all(math.isfinite(row["value"]) for row in rows)
 
 
-@pytest.mark.parametrize("options", [dict(reduce="sum"), dict(future=1), dict(future=20)])
+@pytest.mark.parametrize("options", [dict(future=1), dict(future=20)])
 def test_skip_effects_refuse(options):
     with pytest.raises(ValueError):
         S.skip_effects(tiny_model(), some_tokens(), **options)
@@ -207,17 +205,15 @@ def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
 
 
 def test_the_command(trained, tmp_path):
-    out, results = tmp_path / "s.json", tmp_path / "rows.jsonl"
+    results = tmp_path / "rows.jsonl"
     both = ["signatures.py", trained / "ckpt.pt", trained / "stable.pt", "--rows", 6]
-    printed = works(*both, "--out", out, "--results", results).stdout
+    printed = works(*both, "--results", results).stdout
     assert "late over middle" in printed and "convergence" in printed and "####" in printed
-    models = json.loads(out.read_text())
-    assert [len(m["curves"]["skip_output"]) for m in models] == [6, 6] and models[0]["path"] == [0, 1, 2, 3, 4, 5]
     assert "late over middle" in works("evaluate.py", "--table", results).stdout
-    works(*both[:2], "--rows", 6, "--loop", "2-2x2-2", "--path", "0-3,5", "--out", tmp_path / "l.json", "--quiet")
-    assert [m["path"] for m in json.loads((tmp_path / "l.json").read_text())] == [[0, 1, 2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 5]]
-    for bad in (["--loop", "2,2,1"], ["--stream", "prose"], ["--rows", 0], ["--out", out], ["--data", "none.txt"]):
+    printed = works(*both[:2], "--rows", 6, "--loop", "2-2x2-2", "--path", "0-3,5").stdout
+    assert re.findall(r"depth (\d)", printed) == ["8", "5"] and "lidas 2-2x2-2" in printed
+    for bad in (["--loop", "2,2,1"], ["--rows", 0], ["--plot", results], ["--data", "none.txt"]):
         refused("", "signatures.py", trained / "ckpt.pt", *bad)
     optional("matplotlib")
-    works(*both, "--quiet", "--plot", tmp_path / "s.png")
+    works(*both, "--plot", tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
