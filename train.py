@@ -240,10 +240,10 @@ def prepare(model, args):
 # -----------------------------------------------------------------------------
 # arguments
 
-DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "cooldown": 0.2, "weight_decay": 0.01, "seed": 0,
-            "math_share": 0.75, "evals": 20, "compile": "auto", "start": 0, "start_flops": 0}
+DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "cooldown": 0.2, "weight_decay": 0.01,
+            "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 6000},
+    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 4000},
     "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000}}
 OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
 DEPTH = ("method", "layers", "block", "alpha")
@@ -266,7 +266,7 @@ def make_parser():
     parser.add_argument("--kv-heads", type=positive_int, help="fewer: grouped-query attention (default: as --heads)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="all of them (default: 6000, minutes; CUDA: 2000)")
+    parser.add_argument("--steps", type=positive_int, help="all of them (default: 4000, minutes; CUDA: 2000)")
     parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init 0.0001)")
@@ -287,7 +287,7 @@ def make_parser():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its arguments")
     parser.add_argument("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py, "
                                                         "or a Hugging Face name or directory")
-    parser.add_argument("--evals", type=positive_int, help="log lines and checkpoints (default: 20)")
+    parser.add_argument("--evals", type=positive_int, help="log lines and checkpoints, beside those of growth (10)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best one here)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], help="default: where it pays")
     return parser
@@ -416,10 +416,10 @@ class Run:
         self.log.append(row)
         self.since = (step, time.perf_counter())
 
-    def grew(self, step, path, before, after):
-        self.log.append({"step": step, "growth": path, "before": before, "after": after})
-        tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}\n"
-                   f"    before: {shown(before)}\n    after:  {shown(after)}")
+    def grew(self, model, step, path):
+        after = self.evaluate(model)
+        self.log.append({"step": step, "growth": path, "after": after})
+        tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: {shown(after)}")
 
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
@@ -541,27 +541,28 @@ def train(run, model, optimizers, batches, start, rank):
             optimizer.zero_grad()
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
-        done = step + 1
-        # 4. grow: duplicate a block, and the optimizer's moments with it
+        done, stopped = step + 1, list(signals)
+        due = done in reporting or done in growth or stopped
+        # 4. report: the last line of a stage is of the model before it grows
+        if due:
+            mean_loss = torch.stack(losses).mean().item()
+            losses.clear()
+            if first:
+                run.report(model, done, mean_loss)
+        # 5. grow: duplicate a block, and the optimizer's moments with it
         if done in growth:
-            before = run.evaluate(model) if first else None
             path = METHODS[args.method](model.config.n_layer, args.block)
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, training = grown, prepare(grown, args)       # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
             if first:
-                run.grew(done, path, before, run.evaluate(model))
-        # 5. report and save
-        stopped = list(signals)
-        if done in reporting or stopped:
-            mean_loss = torch.stack(losses).mean().item()
-            losses.clear()
-            if first:
-                run.report(model, done, mean_loss)
-                if done == constant:            # first: a run that has ckpt.pt does not come here again
-                    run.save("stable.pt", model, optimizers, done)
-                run.save("ckpt.pt", model, optimizers, done)
+                run.grew(model, done, path)
+        # 6. save. stable.pt first: a run that has ckpt.pt does not come here again
+        if due and first:
+            if done == constant:
+                run.save("stable.pt", model, optimizers, done)
+            run.save("ckpt.pt", model, optimizers, done)
         if stopped:
             tqdm.write(f"stopped at step {done}; go on with --resume --out {args.out}")
             sys.exit(128 + stopped[0])
