@@ -75,6 +75,7 @@ def lookups(rng, hops=1):
     """
     plain = rng.random() < 0.5
     n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
+    # 1. numbers for the first names, names of earlier ones for the others
     names = rng.sample(NAMES, n + further)
     value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
     depth, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
@@ -82,6 +83,7 @@ def lookups(rng, hops=1):
         source = rng.choice([other for other in depth if depth[other] < hops])
         value[name], depth[name] = value[source], depth[source] + 1
         body.append(f"{name}={source}")
+    # 2. each name three times, in three orders
     asked = [name for _ in range(3) for name in rng.sample(names, len(names))]
     return ("\n".join(body) + "\n",
             [(name, f" {value[name]}") if rng.random() < 0.25 else (f"{name}=", value[name]) for name in asked])
@@ -89,6 +91,7 @@ def lookups(rng, hops=1):
 
 def lists(rng):
     """cup 7 zor k key / 7 zor k| key      pieces of a list of any words, said again"""
+    # any words, so that copying is learned as such
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
         start = rng.randrange(len(words) - 2)
@@ -99,6 +102,7 @@ def lists(rng):
 
 def rule(rng, lines=16):
     """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
+    # which label belongs to which class is new in every puzzle: only the lines before tell it
     kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)
     words = rng.sample([(word, f" {label}") for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
     return " ".join(rng.sample(labels, 4)) + "\n", words
@@ -106,7 +110,7 @@ def rule(rng, lines=16):
 
 def open_book(rng):
     """Ben took the lamp to the cave . Mia took the key to the park . / Where is the lamp ?| cave"""
-    people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)
+    people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)    # four candidates
     body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
             for who, thing, place in zip(people, things, places)]
     where = dict(zip(people, places)) | {f"the {thing}": place for thing, place in zip(things, places)}
@@ -240,7 +244,7 @@ TASKS = {   # name: family, options, chance: who knows the possible answers and 
 
 def is_heldout(instance):
     """One in eight bodies (questions, where there is no body) is never in training text: by checksum."""
-    return zlib.crc32(instance.encode()) % 8 == 0
+    return zlib.crc32(instance.encode()) % 8 == 0   # by content: no list to keep, and none to leak
 
 
 def puzzle(family, options, rng, heldout):
@@ -254,7 +258,7 @@ def puzzle(family, options, rng, heldout):
 def document(rng, stream, heldout=False):
     """One document: a puzzle with all its questions. One time in ten it is dressed: random words of FORMAT
     stand before it and around its questions, the same in two to four puzzles of a family in a row."""
-    family, = rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))
+    family, = rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))    # by weight
     options = {"hops": 3} if family is lookups and stream == "math" else {}
     if family is portrait or rng.random() < 9 / 10:
         body, questions = puzzle(family, options, rng, heldout)
@@ -277,6 +281,7 @@ def example(task, rng, shots=0, heldout=True):
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
     body, questions = puzzle(family, options, rng, heldout)
     question, answer = rng.choice(questions)
+    # worked examples are puzzles of the same task, from the training half
     rng = random.Random(rng.random())       # of its own: the questions are the same at every number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + body + question, answer
@@ -299,7 +304,7 @@ def world_spec():
 def world_row(tokenizer, context, stream, heldout, seed, number):
     """Row `number` of a stream: (context + 1) token ids, a pure function of the arguments."""
     rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
-    while len(row) <= context:
+    while len(row) <= context:  # whole documents, the last one cut
         row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
     return np.array(row[:context + 1])
 
@@ -361,6 +366,7 @@ def bin_tokens(file, tokenizer):
     """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
+    # llm.c's header is 256 numbers
     header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
     if size >= 1024 and header[0] in (20240520, 20240801):      # its first number says: GPT-2's, or Llama 3's tokens
         dtype = np.uint16 if header[0] == 20240520 else np.uint32
@@ -373,7 +379,7 @@ def bin_tokens(file, tokenizer):
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
     for start in range(0, len(tokens), 2 ** 24):
         part = tokens[start:start + 2 ** 24]
-        if part.max() >= tokenizer.n_vocab:
+        if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
             raise ValueError(f"{file} holds token {part.max()}, but the encoding has {tokenizer.n_vocab}: name the "
                              f"one that it was made with by --encoding")
         yield part
@@ -409,7 +415,7 @@ def encode_example(tokenizer, prompt, answer):
     """-> tokens of the prompt, which begins a document, and of the answer. Encoded together, as in running text,
     and split where the prompt alone would be encoded otherwise."""
     alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-    same = len(os.path.commonprefix([alone, both]))
+    same = len(os.path.commonprefix([alone, both]))     # of lists as well as of paths
     return [tokenizer.eot] + both[:same], both[same:]
 
 
@@ -448,7 +454,7 @@ def is_right(model, examples, path=None, batch=32):
     """
     device, right = model.embed.weight.device, []
     for start in range(0, len(examples), batch):
-        tokens, targets = (x.to(device) for x in padded(examples[start:start + batch]))
+        tokens, targets = (x.to(device) for x in padded(examples[start:start + batch]))     # (batch, T) each
         right.append(score_targets(model, model.hidden(tokens, path), targets)[1].cpu())
     return torch.cat(right)
 
@@ -472,6 +478,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, se
     the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
     tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
+    # examples are of the training half, tests are held out
     tests, _ = encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)
     tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
@@ -502,7 +509,7 @@ def is_same(prediction, reference):
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
     if number_of(reference) is None:
         return " ".join(prediction.split()) == " ".join(reference.split())
-    found = re.findall(NUMBER, prediction)
+    found = re.findall(NUMBER, prediction)  # the last number is the answer, as in GSM8K's scoring
     return bool(found) and number_of(found[-1]) == number_of(reference)
 
 
@@ -524,7 +531,7 @@ def answer_questions(model, tokenizer, questions, length, path=None):
     """Whether the greedy continuation gives the answer -> (n,) bool. A prompt that fills the context is wrong."""
     right = []
     for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
-        room = model.config.context - 1 - len(tokenizer.encode(prompt))
+        room = model.config.context - 1 - len(tokenizer.encode(prompt))     # for the answer, after eot and the prompt
         text = complete(model, tokenizer, prompt, min(length, room), path) if room > 0 else ""
         right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))     # it may ask on by itself
     return torch.tensor(right)
@@ -592,7 +599,7 @@ def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
         yield table, suffix, name, {"value": estimate_loss(model, losses[name], path)}
     for task in args.tasks:
         examples, shots = encode_examples(task, tokenizer, model.config.context, args.n, SHOTS.get(task, 0), args.seed)
-        own = is_right(model, examples)
+        own = is_right(model, examples)     # along the model's own path
         for suffix, path in paths.items():
             right = own if path is None else is_right(model, examples, path)
             gain, gain_se = paired(right.float() - own.float())
@@ -612,12 +619,14 @@ def plot_curves(file, rows, n_hops=5):
     figure = Figure(figsize=(3 * n_hops, 3), layout="constrained")
     for hop, axis in enumerate(figure.subplots(1, n_hops, sharey=True)):
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            # 1. the seeds of one model, step by step
             steps = {}      # step: its rows, one a seed
             for row in rows:
                 if (row["model"], row["column"]) == (model, f"hops-{hop}"):
                     steps.setdefault(row["step"], []).append(row)
             if not steps:       # a log of other text
                 continue
+            # 2. their mean and range, and a dot where the next line of the log is of a deeper model
             shares = [statistics.mean(row["flops_share"] for row in found) for found in steps.values()]
             values = torch.tensor([[row["value"] for row in found] for found in steps.values()])   # (steps, seeds)
             depths = [found[0]["depth"] for found in steps.values()]

@@ -36,7 +36,7 @@ def check_blocks(n_layer, block):
 def stack(n_layer, block):
     """Gradual stacking: the last block once more, on top. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, n_layer - block, block, 1)
+    return loop_path(n_layer, n_layer - block, block, 1)    # one extra visit of the last block
 
 
 def midas(n_layer, block):
@@ -51,7 +51,7 @@ def lidas(n_layer, block):
     """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied directly after themselves (rounded
     down, for an odd block and an even number of blocks). Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, (n_layer - block) // 2, block, 1)
+    return loop_path(n_layer, (n_layer - block) // 2, block, 1)     # the block in the centre
 
 
 METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
@@ -69,9 +69,9 @@ def grow(model, path=None):
     GPT.along: the name of each new parameter -> the parameter it copies.
     """
     path = model.config.resolve_path(path)
-    grown = GPT(dataclasses.replace(model.config, n_layer=len(path), path=None))
+    grown = GPT(dataclasses.replace(model.config, n_layer=len(path), path=None))    # as deep as the path is long
     grown.to(model.embed.weight.device, model.embed.weight.dtype)
-    sources = model.along(path)
+    sources = model.along(path)     # new name: the parameter it copies
     for name, p in grown.named_parameters():
         p.copy_(sources[name])                      # no storage is shared
     return grown
@@ -86,15 +86,17 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     takes its moments and further ones get copies; the smaller model's optimizer is left empty. Raises ValueError
     unless each holds exactly its model's parameters.
     """
+    # 1. new layers that no optimizer holds would never be trained
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     check_optimizer(old, model)
     check_optimizer(new, grown)
+    # 2. the moments of each old parameter, whichever optimizer has them
     state = {p: moments for part in old for p, moments in part.state.items()}
     # a torch optimizer's state is keyed by parameter: find the one that holds the new parameter
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
     targets, taken = dict(grown.named_parameters()), set()
     for name, source in model.along(path).items():
-        if source in state:
+        if source in state:     # empty before the first step
             target, moments = targets[name], state[source]
             holder[target].state[target] = copy.deepcopy(moments) if source in taken else moments
             taken.add(source)
@@ -106,6 +108,7 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
 def check_optimizer(optimizers, model):
     """Raises ValueError unless the optimizers hold exactly the model's parameters: new layers that are never trained
     are the classic bug of growing."""
+    # a list: twice is wrong too
     held = [id(p) for part in optimizers for group in part.param_groups for p in group["params"]]
     if sorted(held) != sorted(id(p) for p in model.parameters()):
         raise ValueError("the optimizer does not hold exactly the model's parameters")
@@ -118,7 +121,8 @@ def growth_steps(total, stages, alpha=0.0):
     is equal stages. -> list of `stages` ints that sum to `total`. Raises ValueError when a stage would get none."""
     if stages < 1 or total < 1 or alpha < 0:
         raise ValueError(f"expected a stage and a step or more, and alpha 0 or more, not {stages}, {total}, {alpha}")
-    weight = [(i / stages) ** alpha for i in range(1, stages + 1)]
+    weight = [(i / stages) ** alpha for i in range(1, stages + 1)]  # 1, 1, 1 ... for alpha 0
+    # rounded as ends, so that the sum is exact
     ends = [round(total * sum(weight[:i]) / sum(weight)) for i in range(stages + 1)]
     steps = [end - start for start, end in zip(ends, ends[1:])]
     if min(steps) < 1:

@@ -41,9 +41,10 @@ def parse_loop(text):
     "2-2x3-2" -> (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]); "4x6" -> (4, [0, 1, 2, 3] * 6).
     Raises ValueError for other text.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)x(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)x(\d+)(?:-(\d+))?", text)    # e-, L, x, K, -d
     if not match or int(match[3]) < 1:
         raise ValueError(f"a loop is written e-LxK-d or LxK, as in 2-2x3-2 or 4x6, not {text!r}")
+    # of LxK the ends are None: no layers
     before, block, visits, after = (int(group or 0) for group in match.groups())
     n_layer = before + block + after
     return n_layer, loop_path(n_layer, before, block, visits - 1)
@@ -57,7 +58,7 @@ def parse_path(text):
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise ValueError(f"a path is layers and ranges, as in 0-3,2-5,4-7, not {text!r}")
-        path += range(first, last + 1)
+        path += range(first, last + 1)  # both ends are visited
     return path
 
 
@@ -99,13 +100,15 @@ def scan(model, tokens, targets, cells, visits=2, batch=8):
     (the plain model) and then for each cell: loss (n,), nats per asked token, and right (n,), whether each of them
     is the likeliest. A cell costs the layers from `start` on. Memory: n * T * n_embd numbers for each layer.
     """
+    # 1. one plain pass, which keeps the stream before each layer
     model_device, parts = model.embed.weight.device, []
     for part, target in zip(tokens.split(batch), targets.split(batch)):
         part = part.to(model_device)
         rope_and_mask, streams = model.rope_and_mask(part), [model.embed(part)]     # each (batch, T, n_embd)
         for layer in model.layers:
-            streams.append(layer(streams[-1], rope_and_mask))
+            streams.append(layer(streams[-1], rope_and_mask))   # streams[i] is what layer i reads
         parts.append((streams, rope_and_mask, target.to(model_device)))
+    # 2. of each cell only what comes after the block's first visit
     for cell in [None, *cells]:
         scores = []
         for streams, rope_and_mask, target in parts:
@@ -113,6 +116,7 @@ def scan(model, tokens, targets, cells, visits=2, batch=8):
             if cell is not None:
                 start, end = cell
                 x, block = streams[end + 1], [*range(start, end + 1)]
+                # the block again, then the layers after it
                 rest = block * (visits - 1) + [*range(end + 1, len(model.layers))]
             for index in rest:
                 x = model.layers[index](x, rope_and_mask)
@@ -123,12 +127,14 @@ def scan(model, tokens, targets, cells, visits=2, batch=8):
 def score_targets(model, hidden, targets):
     """Of model.hidden (B, T, n_embd) and targets (B, T) -> loss (B,) and right (B,) of the asked tokens."""
     asked = targets >= 0
+    # only asked positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[asked]).float()                                  # (asked tokens, vocab_size)
+    # which row each of them belongs to
     row = asked.nonzero()[:, 0]                                                 # (asked tokens,)
     losses = F.cross_entropy(logits, targets[asked], reduction="none")
     wrong = (logits.argmax(-1) != targets[asked]).float()
     total = torch.zeros(2, len(targets), device=targets.device).index_add(1, row, torch.stack((losses, wrong)))
-    return total[0] / asked.sum(1), total[1] == 0
+    return total[0] / asked.sum(1), total[1] == 0   # right: no asked token is wrong
 
 
 def paired(differences):
@@ -143,6 +149,7 @@ def show(model, checkpoint, args):
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths = paths_of(args, model.config)
     if not paths:
+        # by default the middle quarter of the layers: once, twice, ...
         block = max(1, n_layer // 4)
         before = (n_layer - block) // 2
         args.loop = [f"{before}-{block}x{visits}-{n_layer - block - before}" for visits in (1, 2, 3, 5)]
@@ -150,7 +157,7 @@ def show(model, checkpoint, args):
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)    # the same draws along every path
         text = complete(model, tokenizer, args.prompt, args.length, path, args.temperature)
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}"
               + (f"\nheld-out loss: {losses}" if losses else "") + f"\n{args.prompt}|{text}")
@@ -165,6 +172,7 @@ def show_scan(model, checkpoint, args):
     kind = "loss" if args.data else args.by
     # 1. what an earlier command has measured already, of the same model on the same examples
     of = zlib.crc32(f"{args.visits} {args.by}".encode())
+    # by content, so that rows of a copy or of a moved file still count
     for x in (*model.state_dict().values(), tokens, targets):
         of = zlib.crc32(x.cpu().numpy().tobytes(), of)
     rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
@@ -176,6 +184,7 @@ def show_scan(model, checkpoint, args):
     measured = scan(model, tokens, targets, cells, args.visits)
     _, plain_loss, plain_right = next(measured)
     for (start, end), loss, right in tqdm(measured, total=len(cells), unit="block", disable=None):
+        # (n,), above 0 where it helps
         gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()
         chosen, chosen_se = paired(gain[::2])
         reported, reported_se = paired(gain[1::2])
@@ -210,8 +219,8 @@ def plot_scan(file, rows, n_layer, title):
     Figure, = optional("matplotlib.figure", "Figure")
     gains = torch.full((n_layer, n_layer), torch.nan)
     for row in rows:
-        gains[row["start"], row["end"]] = (row["chosen"] + row["reported"]) / 2
-    most = gains.nan_to_num().abs().max().item()
+        gains[row["start"], row["end"]] = (row["chosen"] + row["reported"]) / 2     # over all examples
+    most = gains.nan_to_num().abs().max().item()    # white is no change
     figure = Figure(layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(gains, cmap="RdBu", vmin=-most, vmax=most, origin="lower")

@@ -62,7 +62,7 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} must give each of {self.n_head} heads an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        self.path = None if self.path is None else self.resolve_path(self.path)
+        self.path = None if self.path is None else self.resolve_path(self.path)     # refuses layers that do not exist
 
     @property
     def head_dim(self):
@@ -71,6 +71,7 @@ class GPTConfig:
     def resolve_path(self, path=None):
         """The given path, else the configured one, else every layer once -> list of ints. Raises ValueError
         when it is empty or names a layer that does not exist."""
+        # a path that is given counts more than the model's own
         path = self.path if path is None else path
         path = [int(index) for index in (range(self.n_layer) if path is None else path)]
         if not path or not 0 <= min(path) <= max(path) < self.n_layer:
@@ -80,7 +81,7 @@ class GPTConfig:
 
 def apply_rope(x, cos, sin):
     """Rotary positions, half-split as in Hugging Face's Llama. x (B, heads, T, head_dim), cos (T, head_dim / 2)."""
-    x1, x2 = x.float().chunk(2, dim=-1)
+    x1, x2 = x.float().chunk(2, dim=-1)     # each (B, heads, T, head_dim / 2)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
@@ -125,6 +126,7 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # pre-norm: the residual stream itself is never normed
         self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -155,11 +157,11 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss = Loss()
         if config.tied:
-            self.head.weight = self.embed.weight
+            self.head.weight = self.embed.weight    # one matrix for both, as in SmolLM
         self.init_weights()
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
-        freqs = torch.as_tensor(config.rope_freqs or config.rope_theta ** -exponents)
-        angles = torch.outer(torch.arange(config.context).float(), freqs)
+        freqs = torch.as_tensor(config.rope_freqs or config.rope_theta ** -exponents)   # (head_dim / 2,)
+        angles = torch.outer(torch.arange(config.context).float(), freqs)   # (context, head_dim / 2)
         self.register_buffer("cos", angles.cos(), persistent=False)     # (context, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -185,9 +187,11 @@ class GPT(nn.Module):
         T, mask = tokens.shape[1], None
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
+        # only then does attention need a mask of its own: without one it uses its fast causal kernel
         if self.config.eot is not None or 0 < seen < T - 1:
             mask = torch.ones(T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)[None]
         if self.config.eot is not None:
+            # number the documents of each row: a position looks at its own one only
             document = (tokens == self.config.eot).cumsum(1)                                # (B, T)
             mask = mask & (document[:, seen:, None] == document[:, None, :])                # (B, T - seen, T)
         return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None]
@@ -222,6 +226,7 @@ class GPT(nn.Module):
         x = self.hidden(tokens, path)                   # (B, T, n_embd)
         if targets is None:
             return self.head(x[:, -1:]), None
+        # training needs the logits of all positions
         logits = self.head(x)                           # (B, T, vocab_size)
         return logits, self.loss(logits, targets)
 
@@ -244,7 +249,7 @@ class GPT(nn.Module):
             seen = tokens.shape[1]
             # 2. the next token
             if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]    # the k-th largest (B, 1)
                 logits = logits.masked_fill(logits < least, -torch.inf)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)                                   # (B, 1)
@@ -274,7 +279,7 @@ class GPT(nn.Module):
             raise ValueError(f"{name_or_dir} lacks weights, or has weights that its config does not: {wrong[0]}")
         model, theirs = cls(config_from_llama(hf)), hf.state_dict()
         for ours, p in model.named_parameters():
-            p.data.copy_(torch.cat([theirs.pop(name) for name in llama_names(ours)]))
+            p.data.copy_(torch.cat([theirs.pop(name) for name in llama_names(ours)]))   # q, k, v become one matrix
         assert not theirs.keys() - {"lm_head.weight"}, "weights that have no place here: another architecture"
         return model
 
@@ -290,7 +295,7 @@ class GPT(nn.Module):
         for name, p in self.along(path).items():
             parts = llama_names(name)
             sizes = [hf.get_parameter(part).shape[0] for part in parts]
-            state |= zip(parts, p.detach().split(sizes))
+            state |= zip(parts, p.detach().split(sizes))    # and are taken apart again
         hf.load_state_dict(state)
         part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # renamed when whole
         try:
@@ -313,7 +318,7 @@ class GPT(nn.Module):
 @torch.no_grad()
 def estimate_loss(model, rows, path=None, batch=16):
     """Mean cross-entropy (nats per token) on rows (n, T + 1) of token ids."""
-    total = 0.0
+    total = 0.0     # a sum over rows, since the last batch may be smaller
     for part in rows.split(batch):
         part = part.to(model.embed.weight.device).long()                # (batch, T + 1)
         total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
@@ -342,7 +347,7 @@ def llama_names(name):
     """Our parameter's name -> Llama's parameters, which it holds one above the other."""
     if name in TOP:
         return [TOP[name]]
-    _, index, ours = name.removesuffix(".weight").split(".", 2)
+    _, index, ours = name.removesuffix(".weight").split(".", 2)     # layers, 3, attn.qkv
     return [f"model.layers.{index}.{theirs}.weight" for theirs in PARTS[ours]]
 
 
@@ -351,7 +356,7 @@ def check_llama(hf):
     only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
             "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
     for name, value in only.items():
-        if (given := getattr(hf, name, value)) != value:
+        if (given := getattr(hf, name, value)) != value:    # what a config does not name has the default
             raise ValueError(f"{name} {given!r} is not supported, only {value!r}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if head_dim * hf.num_attention_heads != hf.hidden_size:
@@ -362,6 +367,7 @@ def config_from_llama(model):
     """A loaded LlamaForCausalLM -> GPTConfig. Rotary frequencies are the model's own, so that Llama 3's scaled
     rope works. Raises ValueError where they depend on the length or scale attention."""
     hf, rope = model.config, model.model.rotary_emb
+    # inv_freq is what the model computes with: rope_theta alone does not tell a scaled rope
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type in ("dynamic", "longrope") or rope.attention_scaling != 1:
         raise ValueError(f"rope_type {rope_type!r} is not supported: its frequencies or scores change")
@@ -418,6 +424,7 @@ def get_tokenizer(spec):
 
 def word_tokenizer(words, pattern):
     """One token a word, whatever space stands around it; the first of the words begins a document."""
+    # no merges: text is cut by the pattern, and each piece is a word of the list
     ids = {word: i for i, word in enumerate(words)}
 
     def encode(text):
@@ -458,25 +465,26 @@ def hf_files(name_or_dir):
 def complete(model, tokenizer, text, length, path=None, temperature=0.0):
     """What the model writes after a text that begins a document: up to `length` tokens -> text, which ends
     where the document does. Raises ValueError when the text fills the context."""
+    # every document of training text begins with eot
     tokens = [tokenizer.eot] + tokenizer.encode(text)
     if len(tokens) > model.config.context:
         raise ValueError(f"the prompt has {len(tokens)} tokens, the context {model.config.context}")
     new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
                          stop=tokenizer.eot)[0, len(tokens):].tolist()
-    new = new[:new.index(tokenizer.eot)] if tokenizer.eot in new else new
+    new = new[:new.index(tokenizer.eot)] if tokenizer.eot in new else new   # the next document is not the answer
     return tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
 
 
 def save_atomically(file, write):
     """Calls write(f) on a binary file that takes its name when whole: a crash leaves the old one or the new."""
-    part = f"{file}.{os.getpid()}.part"
+    part = f"{file}.{os.getpid()}.part"     # of this process: two writers do not mix
     try:
         os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         with open(part, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, file)
+            os.fsync(f.fileno())    # on the disk before it takes the name
+        os.replace(part, file)  # atomic on every system
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -547,6 +555,7 @@ def positive_int(text):
 def read_options(parser, conflicts):
     """-> args, and the names that were given. conflicts: {name: names that mean nothing beside it}, where "no scan"
     stands for a command without --scan. Raises ValueError for what would be ignored."""
+    # parse twice: what is still `unset` the second time was not given, even where the default was typed
     args, unset = parser.parse_args(), object()
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}

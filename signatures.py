@@ -30,7 +30,7 @@ def run_visits(model, x, rope_and_mask, path):
     hs, attentions, mlps = [], [], []
     for index in path:
         layer = model.layers[index]
-        a = layer.attn(layer.norm1(x), rope_and_mask)
+        a = layer.attn(layer.norm1(x), rope_and_mask)   # (B, T, n_embd), as m
         m = layer.mlp(layer.norm2(x + a))
         hs.append(x)
         attentions.append(a)
@@ -57,6 +57,7 @@ def contributions(model, tokens, path=None):
     """
     _, h, a, m, _ = trace(model, tokens, path)
     pairs = {"attention": (a, h), "mlp": (m, h + a), "update": (a + m, h)}
+    # (depth,) each
     sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)).cpu() for name, (x, y) in pairs.items()}
     return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2)).cpu()
                     for name, (x, y) in pairs.items()}
@@ -80,12 +81,12 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     if future is not None and not 1 < future < T:
         raise ValueError(f"expected a future position from 2 to {T - 1}, not {future}")
     begins = tokens == (-1 if model.config.eot is None else model.config.eot)          # (B, T)
-    begins[:, 0] = True
-    skipped, read = ~begins, ~begins
+    begins[:, 0] = True     # a row may begin within a document
+    skipped, read = ~begins, ~begins    # a document's first token keeps the visit, and is not read
     if future is not None:
         document, place = begins.cumsum(1), torch.arange(T, device=tokens.device)
         skipped = skipped & (place < future)
-        read = read & (place >= future) & (document == document[:, future - 1:future])
+        read = read & (place >= future) & (document == document[:, future - 1:future])  # of the document that t cuts
     rows = read.any(1)                                  # a row without a position to read is left out
     if not rows.any():
         raise ValueError("no document goes on past the future position: give longer documents or more rows")
@@ -106,8 +107,9 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
         else:                                           # nothing before s changes: start after it
             _, a2, m2, last2 = run_visits(model, h[s] + update[s] - without, rope_and_mask, path[s + 1:])
             changed = [x + y for x, y in zip(a2, m2)]
-        if changed:
+        if changed:     # the last visit has none after it
             change = (update[s + 1:] - torch.stack(changed)).norm(dim=-1)
+            # a zero update gives no nan
             effects[s, s + 1:] = over_positions(change / update[s + 1:].norm(dim=-1).clamp(min=1e-6))
         on_output[s] = over_positions((output - model.head(model.norm(last2)).softmax(-1)).norm(dim=-1))
     return effects, on_output
@@ -123,12 +125,13 @@ def early_exit(model, tokens, path=None):
     """The logit lens (arXiv 2505.13898; the paper uses a tuned lens): the output head on the stream before each visit,
     and after all. -> KL(exit || final) in nats and overlap of the five likeliest tokens, 0 to 1, (depth + 1,) each."""
     _, h, _, _, last = trace(model, tokens, path)
+    # what the model says in the end
     final = model.head(model.norm(last)).log_softmax(-1)                                # (B, T, vocab_size)
     top = final.topk(min(5, final.shape[-1])).indices
     kl, overlap = [], []
-    for x in [*h, last]:
+    for x in [*h, last]:    # and what it would say if it ended here
         exit = model.head(model.norm(x)).log_softmax(-1)
-        kl.append((exit.exp() * (exit - final)).sum(-1).mean())
+        kl.append((exit.exp() * (exit - final)).sum(-1).mean())     # KL(exit || final), this way round as published
         likeliest = exit.topk(top.shape[-1]).indices
         overlap.append((likeliest.unsqueeze(-1) == top.unsqueeze(-2)).any(-1).float().mean())
     return torch.stack(kl).cpu(), torch.stack(overlap).cpu()
@@ -139,7 +142,7 @@ def reordered(path, size):
     paths = {"skip": [], "swap": [], "reverse": []}
     for i in range(0, len(path), size):
         before, unit, after = path[:i], path[i:i + size], path[i + size:]
-        neighbour, rest = after[:size], after[size:]
+        neighbour, rest = after[:size], after[size:]    # the unit after it, and what follows
         if before or after:
             paths["skip"].append(before + after)
         if neighbour:
@@ -165,7 +168,7 @@ def weight_similarity(model, path=None):
     similarity = 0
     for name in names:
         w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
-        similarity = similarity + w @ w.T / len(names)
+        similarity = similarity + w @ w.T / len(names)  # (n_layer, n_layer)
     path = model.config.resolve_path(path)
     return similarity[path][:, path].cpu()
 
@@ -175,7 +178,7 @@ def weight_similarity(model, path=None):
 def late_over_middle(curve):
     """1a: mean of the last third of visits over that of the middle third; above 1 where late visits count more. First
     visits are large in any model and hide this in a depth score. A choice of this project."""
-    _, middle, late = curve.tensor_split(3)
+    _, middle, late = curve.tensor_split(3)     # of 8 visits: 3, 3 and 2
     return (late.mean() / middle.mean()).item()
 
 
@@ -190,9 +193,10 @@ def period_share(curve, block):
     """1b: the share of the curve's variance that (visit mod block) explains, without the first and the last block,
     which are large in any model. -> share, and its expectation when the visits are permuted. A choice of this
     project, so that "recurring patterns" is a number."""
-    x = curve[block:-block].double()
+    x = curve[block:-block].double()    # without the two ends
     groups = [x[i::block] for i in range(block)]
-    between = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)
+    between = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)  # variance between the groups ...
+    # ... over all of it, as in a one-way analysis of variance
     return (between / ((x - x.mean()) ** 2).sum().clamp(min=1e-30)).item(), (block - 1) / (len(x) - 1)
 
 
@@ -273,7 +277,7 @@ def bars(path, result, names):
         line = f"{visit:>5} {index:>5}  "
         for name in names:
             value = result[name][visit].item() if visit < len(result[name]) else 0.0
-            largest = result[name].abs().max().item() or 1.0
+            largest = result[name].abs().max().item() or 1.0    # the longest bar
             line += f"{'#' * round(abs(value) / largest * 14):<14}{value:>7.3f}   "
         print(line.rstrip())
 

@@ -60,7 +60,7 @@ def file_stream(args, tokenizer, name, files):
     tokens = np.memmap(cache, dtype, mode="r") if os.path.getsize(cache) else np.empty(0, dtype)
     n_heldout = min(64, -(-len(tokens) // width // 20))         # rows
     starts = np.flatnonzero(tokens[-n_heldout * width:] == tokenizer.eot)
-    cut = max(0, len(tokens) - n_heldout * width) + (starts[0] if len(starts) else 0)
+    cut = max(0, len(tokens) - n_heldout * width) + (starts[0] if len(starts) else 0)   # no document in both parts
     rows = tokens[:cut // width * width].reshape(-1, width)
     heldout = tokens[cut:][:(len(tokens) - cut) // width * width].reshape(-1, width)
     if not len(rows) or not len(heldout):
@@ -68,7 +68,7 @@ def file_stream(args, tokenizer, name, files):
                          f"{width}; give more text or a smaller --context")
 
     def row(number):
-        epoch, place = divmod(number, len(rows))
+        epoch, place = divmod(number, len(rows))    # every row once before any comes twice
         return rows[permutation(len(rows), args.seed, epoch)[place]]
     return row, torch.from_numpy(heldout.astype(np.int32)), zlib.crc32(tokens)
 
@@ -84,6 +84,7 @@ def open_streams(args, tokenizer):
     for name in files:
         if files[name]:
             streams[name], heldout[name], data[name] = file_stream(args, tokenizer, name, files[name])
+        # the built-in world is made as it is read; held-out rows are the same for all seeds
         elif not args.data:
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
             streams[name] = functools.partial(row, False, args.seed)
@@ -98,11 +99,13 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, streams, args, rank=0, world_size=1):
         self.streams, self.args = streams, args
+        # rows of this process
         self.mine = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)
 
     def __getitem__(self, step):
         """-> (batch / world_size, context + 1) int64"""
         args, constant = self.args, constant_steps(self.args)
+        # which rows are math is drawn for all ranks, so that each finds its own
         share = args.math_share if step >= constant else 0.0
         is_math, rows = np.random.default_rng((args.seed, step)).random(args.batch) < share, []
         for i in self.mine:
@@ -122,7 +125,7 @@ def constant_steps(args):
 def learning_rate(args, step):
     """Warm-up over args.warmup steps from args.start on, constant args.lr, then linearly to zero over the share
     args.cooldown of args.steps (SmolLM's trapezoid)."""
-    up = min(1.0, (step - args.start + 1) / max(1, args.warmup))
+    up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
     down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))
     return args.lr * min(up, down)
 
@@ -136,7 +139,7 @@ def training_flops(config, n_tokens, depth=None):
     """
     depth = len(config.resolve_path()) if depth is None else depth
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff
+    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff  # weights: q, k, v; proj; gate, up, down
     attention = 4 * config.n_embd * config.context // 2
     return 3 * n_tokens * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
@@ -144,6 +147,7 @@ def training_flops(config, n_tokens, depth=None):
 def growth_plan(args):
     """[(first step, depth), ...] of the whole run: one entry for a run that does not grow."""
     if args.method not in METHODS:
+        # full depth from the first step
         return [(args.start, args.layers)]
     return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
 
@@ -164,7 +168,7 @@ def build_model(args, tokenizer):
     # a GPU's matrix products are fast for sizes that are multiples of 64
     n_vocab = tokenizer.n_vocab if args.device == "cpu" else -(-tokenizer.n_vocab // 64) * 64
     path = path_of(args)
-    n_layer = max(path) + 1 if path else growth_plan(args)[0][1]
+    n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
     return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
                          n_embd=args.width, d_ff=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
                          init_depth=args.layers, eot=tokenizer.eot))
@@ -182,7 +186,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             shapes = {}
-            for p in group["params"]:
+            for p in group["params"]:           # matrices of one shape go through one product
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
                 # 1. Nesterov's momentum
@@ -196,6 +200,7 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if rows > columns else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
+                    # a polynomial of x x^T that pulls every singular value towards 1
                     gram = x @ x.mT
                     x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
                 x = x.mT if rows > columns else x
@@ -208,6 +213,7 @@ def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
     With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]       # q, k, v together, and gate, up
+    # the embedding is also the head: AdamW's, as in Jordan's recipe
     of_layers = set(matrices)
     others = [p for p in model.parameters() if p not in of_layers]
     adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay},
@@ -230,6 +236,7 @@ def compiles(args):
 def prepare(model, args):
     """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP."""
     if compiles(args):
+        # one graph serves all layers, since a layer does not know where it stands
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
         for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
             module.compile(dynamic=False)
@@ -336,6 +343,7 @@ def complete_args(args, given, model, checkpoint):
     if model:
         model.config.path = path or model.config.path
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
+        # a model of grow.py or of Hugging Face begins at step 0, a run's checkpoint goes on
         if "optimizers" in checkpoint:          # its steps are counted on
             defaults |= checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"],
                                               "start_flops": checkpoint["log"][-1]["flops"]}
@@ -374,7 +382,7 @@ def check(args):
 @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
 def evaluation(model, heldout, tokenizer, args):
     """Held-out losses, and, of the built-in world, the accuracy by hops -> {name: value}"""
-    row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}
+    row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}    # nats per token
     if not args.data:
         row |= evaluate.hops(model, tokenizer, n=64)
     return row
@@ -432,6 +440,7 @@ class Run:
 def own_folder(folder, resume):
     """One run owns its folder: an OS lock, which ends with the process. -> the open file"""
     os.makedirs(folder, exist_ok=True)
+    # a lock of the system, not the file's existence: a killed run leaves none behind
     file = open(os.path.join(folder, "lock"), "w")
     try:
         if os.name == "nt":
@@ -456,6 +465,7 @@ def set_up_processes(args):
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
+        # torchrun has started one process a GPU
         gpu = int(os.environ["LOCAL_RANK"])
         if args.device == "cuda":
             if gpu >= torch.cuda.device_count():
