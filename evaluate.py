@@ -547,7 +547,7 @@ def examples_of(args, checkpoint, context):
         pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
         pairs = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
         return padded(pairs)
-    return padded(encode_examples(args.task, tokenizer, context, args.n, seed=args.seed)[0])
+    return padded(encode_examples(args.task, tokenizer, context, args.n, SHOTS.get(args.task, 0), args.seed)[0])
 
 # -----------------------------------------------------------------------------
 # measurements are rows; tables are printed from rows
