@@ -20,9 +20,10 @@ import copy
 import dataclasses
 
 import torch
+import torch.nn as nn
 
 from loop import add_path_options, loop_path, path_of
-from model import (GPT, check_outputs, estimate_loss, load_checkpoint, positive_int, read_options, run_script,
+from model import (check_outputs, estimate_loss, load_checkpoint, positive_int, read_options, run_script,
                    save_checkpoint)
 
 # -----------------------------------------------------------------------------
@@ -59,21 +60,18 @@ METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 # -----------------------------------------------------------------------------
 # growing the weights, and the optimizer's state with them
 
-@torch.no_grad()
 def grow(model, path=None):
     """An independent model with one layer per visit of the path (its own for None): layer v of it is a copy of
-    layer path[v].
+    layer path[v], and no storage is shared.
 
-    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit. Raises ValueError for a
-    path that is empty or visits a layer that does not exist. A copy for another model needs its own version of
-    GPT.along: the name of each new parameter -> the parameter it copies.
+    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit (with dropout: in eval mode).
+    Raises ValueError for a path that is empty or visits a layer that does not exist. Give it the bare model, not DDP
+    around it.
     """
     path = model.config.resolve_path(path)
-    grown = GPT(dataclasses.replace(model.config, n_layer=len(path), path=None))    # as deep as the path is long
-    grown.to(model.embed.weight.device, model.embed.weight.dtype)
-    sources = model.along(path)     # new name: the parameter it copies
-    for name, p in grown.named_parameters():
-        p.copy_(sources[name])                      # no storage is shared
+    grown = copy.deepcopy(model)
+    grown.layers = nn.ModuleList(copy.deepcopy(model.layers[index]) for index in path)
+    grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)
     return grown
 
 
@@ -81,22 +79,25 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     """Gives the grown model's optimizer the moments and step counts of the smaller model's, along the path.
 
     new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups; both may be lists of
-    several (train.py has Muon beside AdamW). The papers do not say what happens to the moments. Here they follow the
-    path like the weights, so that the first step after growth is scaled as those before it. A layer's first visit
-    takes its moments and further ones get copies; the smaller model's optimizer is left empty. Raises ValueError
-    unless each holds exactly its model's parameters.
+    several (train.py has Muon beside AdamW), where each parameter stays with its kind. The papers do not say what
+    happens to the moments. Here they follow the path like the weights, so that the first step after growth is scaled
+    as those before it. A layer's first visit takes its moments and further ones get copies; the smaller model's
+    optimizer is left empty. Learning rates and schedulers are not carried: set the rate in every step. Raises
+    ValueError unless each holds exactly its model's parameters. A copy for another model needs its own GPT.along.
     """
     # 1. new layers that no optimizer holds would never be trained
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     check_optimizer(old, model)
     check_optimizer(new, grown)
-    # 2. the moments of each old parameter, whichever optimizer has them
+    targets, sources = dict(grown.named_parameters()), model.along(path)
+    assert sources.keys() == targets.keys(), "model.along does not name the grown model's parameters"
+    # 2. the moments of each old parameter, and the optimizer that holds each new one
     state = {p: moments for part in old for p, moments in part.state.items()}
-    # a torch optimizer's state is keyed by parameter: find the one that holds the new parameter
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
-    targets, taken = dict(grown.named_parameters()), set()
-    for name, source in model.along(path).items():
-        if source in state:     # empty before the first step
+    # 3. they follow the path; before the first step there are none
+    taken = set()
+    for name, source in sources.items():
+        if source in state:
             target, moments = targets[name], state[source]
             holder[target].state[target] = copy.deepcopy(moments) if source in taken else moments
             taken.add(source)
@@ -106,12 +107,13 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
 
 
 def check_optimizer(optimizers, model):
-    """Raises ValueError unless the optimizers hold exactly the model's parameters: new layers that are never trained
-    are the classic bug of growing."""
-    # a list: twice is wrong too
-    held = [id(p) for part in optimizers for group in part.param_groups for p in group["params"]]
-    if sorted(held) != sorted(id(p) for p in model.parameters()):
-        raise ValueError("the optimizer does not hold exactly the model's parameters")
+    """Raises ValueError unless the optimizers hold exactly the model's parameters, each once: new layers that are never
+    trained are the classic bug of growing."""
+    held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
+    missing = [name for name, p in model.named_parameters() if not any(p is other for other in held)]
+    if missing or len(held) != len(list(model.parameters())):
+        raise ValueError("the optimizer does not hold exactly the model's parameters: "
+                         + (f"{missing[0]} is missing" if missing else "there are others, or one is there twice"))
 
 # -----------------------------------------------------------------------------
 # when to grow
@@ -131,7 +133,8 @@ def growth_steps(total, stages, alpha=0.0):
 
 
 def depth_schedule(total, depth, block, alpha=0.0):
-    """Growth from one block to `depth` layers within `total` steps -> [(first step, depth), ...], one a stage."""
+    """Growth from one block to `depth` layers within `total` steps, those before the cooldown -> [(first step, depth),
+    ...], one a stage. Grow after the update of the step before a first step."""
     check_blocks(depth, block)
     steps = growth_steps(total, depth // block, alpha)
     return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]

@@ -165,29 +165,21 @@ def show(model, checkpoint, args):
 
 def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
-    from evaluate import append_rows, examples_of, label_of, read_jsonl     # only here: they stand above this file
+    from evaluate import append_rows, examples_of       # only here: it stands above this file
     if model.config.path:
         raise ValueError("the scan is of models without a loop of their own: grow.py unties one")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
-    kind = "loss" if args.data else args.by
-    # 1. what an earlier command has measured already, of the same model on the same examples
-    of = zlib.crc32(f"{args.visits} {args.by}".encode())
-    # by content, so that rows of a copy or of a moved file still count
-    for x in (*model.state_dict().values(), tokens, targets):
-        of = zlib.crc32(x.cpu().numpy().tobytes(), of)
-    rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
-    if any(row.get("of") != of for row in rows):
-        raise ValueError(f"{args.rows} holds the scan of another model, other examples or other --visits")
+    rows, of = known_rows(model, tokens, targets, args)
+    # 1. the blocks that no earlier command has measured
     n_layer, known = model.config.n_layer, {(row["start"], row["end"]) for row in rows}
     cells = [(start, end) for start in range(n_layer) for end in range(start, n_layer) if (start, end) not in known]
-    # 2. each block; the gain is paired over the examples, of which the even ones choose and the odd ones report
     measured = scan(model, tokens, targets, cells, args.visits)
+    # 2. their gain over the plain model, above 0 where a block helps; even examples choose, odd ones report
+    kind = "loss" if args.data else args.by
     _, plain_loss, plain_right = next(measured)
     for (start, end), loss, right in tqdm(measured, total=len(cells), unit="block", disable=None):
-        # (n,), above 0 where it helps
-        gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()
-        chosen, chosen_se = paired(gain[::2])
-        reported, reported_se = paired(gain[1::2])
+        gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()     # (n,)
+        (chosen, chosen_se), (reported, reported_se) = paired(gain[::2]), paired(gain[1::2])
         rows.append({"of": of, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
                      "reported": reported, "reported_se": reported_se})
         if args.rows:
@@ -196,22 +188,46 @@ def show_scan(model, checkpoint, args):
     plain = (plain_loss if kind == "loss" else plain_right.float()).mean().item()
     print(f"plain model: {kind} {plain:.4f} on {len(tokens)} examples. The blocks that gain most when visited "
           f"{args.visits} times,\nchosen on one half of the examples, reported on the other (mean, standard error):")
+    best = print_best(rows, n_layer, args.visits)
+    if args.results:
+        n = {} if kind == "loss" else {"n": len(tokens) // 2}
+        append_rows(args.results, result_rows(args, checkpoint, plain, best, n))
+    if args.plot:
+        plot_scan(args.plot, rows, n_layer, f"gain in {kind} of {args.visits} visits")
+
+
+def known_rows(model, tokens, targets, args):
+    """The rows of an earlier command in --rows, and the checksum of what is measured, by content: a copy of the model
+    or of the data is the same. Raises ValueError where the rows are of something else."""
+    from evaluate import read_jsonl
+    of = zlib.crc32(f"{args.visits} {args.by}".encode())
+    for x in (*model.state_dict().values(), tokens, targets):
+        of = zlib.crc32(x.cpu().numpy().tobytes(), of)
+    rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
+    if any(row.get("of") != of for row in rows):
+        raise ValueError(f"{args.rows} holds the scan of another model, other examples or other --visits")
+    return rows, of
+
+
+def print_best(rows, n_layer, visits):
+    """Prints the ten blocks that gain most on the half that chooses -> the first of them, with its loop."""
     print(f"{'loop':>14}  {'chosen':>17}  {'reported':>17}")
     best = sorted(rows, key=lambda row: -row["chosen"])[:10]
     for row in best:
-        row["loop"] = f"{row['start']}-{row['end'] - row['start'] + 1}x{args.visits}-{n_layer - row['end'] - 1}"
+        row["loop"] = f"{row['start']}-{row['end'] - row['start'] + 1}x{visits}-{n_layer - row['end'] - 1}"
         print(f"{row['loop']:>14}  {row['chosen']:>+8.4f} ±{row['chosen_se']:.4f}  "
               f"{row['reported']:>+8.4f} ±{row['reported_se']:.4f}")
-    if args.results:
-        label, seed = label_of(args.model, checkpoint)
-        append_rows(args.results, [
-            {"table": f"scan: the best block visited {args.visits} times", "model": label + suffix, "seed": seed,
-             "run": args.model, "column": os.path.basename(args.data or args.questions or args.task),
-             "loop": best[0]["loop"], **({"n": len(tokens) // 2} if kind == "accuracy" else {}), **score}
-            for suffix, score in (("", {"value": plain}),
-                                  (" gain", {"value": best[0]["reported"], "se": best[0]["reported_se"]}))])
-    if args.plot:
-        plot_scan(args.plot, rows, n_layer, f"gain in {kind} of {args.visits} visits")
+    return best[0]
+
+
+def result_rows(args, checkpoint, plain, best, n):
+    """What evaluate.py --table prints of a scan: the plain model, and the gain of the best block."""
+    from evaluate import label_of
+    label, seed = label_of(args.model, checkpoint)
+    row = {"table": f"scan: the best block visited {args.visits} times", "seed": seed, "run": args.model,
+           "column": os.path.basename(args.data or args.questions or args.task), "loop": best["loop"], **n}
+    return [{**row, "model": label, "value": plain},
+            {**row, "model": f"{label} gain", "value": best["reported"], "se": best["reported_se"]}]
 
 
 def plot_scan(file, rows, n_layer, title):

@@ -146,7 +146,8 @@ class Loss(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, layers, norm and head. A copy needs GPTConfig, apply_rope, Attention, MLP, Layer and Loss."""
+    """Embedding, layers, norm and head. A copy of it needs GPTConfig, apply_rope, Attention, MLP, Layer and Loss;
+    what growing and looping need in another model is in README, "Copy it into your own project"."""
 
     def __init__(self, config):
         super().__init__()
