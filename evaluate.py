@@ -19,6 +19,7 @@ import gzip
 import itertools
 import json
 import os
+import pathlib
 import random
 import re
 import statistics
@@ -31,12 +32,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from loop import add_path_options, paired, paths_of, score_targets
+from loop import add_path_options, paths_of, score_targets
 from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
                    positive_int, read_options, run_script, save_figure)
 
 # -----------------------------------------------------------------------------
-# what there is
+# the words and the facts of the world
 
 NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]        # of variables: hops-6 needs 35
 NUMBERS = [str(n) for n in range(40)]
@@ -207,7 +208,7 @@ def preschool(rng, calculation=True):
 # -----------------------------------------------------------------------------
 # words: one token each, whatever stands around them; a name that is assigned is another token than its value
 
-PIECES = r"\b[A-Za-z] ?=|___|->|\n|[A-Za-z]+|\d+|[^\w\s]"
+PIECES = r"\b[A-Za-z] ?=|___|->|\n|[A-Za-z]+|\d+|\S"
 
 
 def world_words():
@@ -230,7 +231,7 @@ SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 STREAMS = {     # weights of the documents
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
     "math": {lookups: 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
-TASKS = {   # name: family, options, chance: who knows the possible answers and guesses
+TASKS = {   # name: family, options, chance: the accuracy of guessing among the possible answers
     **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
     "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
@@ -308,11 +309,6 @@ def world_row(tokenizer, context, stream, heldout, seed, number):
         row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
     return np.array(row[:context + 1])
 
-
-def hops(model, tokenizer, n=64):
-    """Accuracy by hops, as the log of a run shows it -> {task: accuracy}"""
-    return {task: accuracy(model, tokenizer, task, n)["value"] for task in HOPS}
-
 # -----------------------------------------------------------------------------
 # files of text and of questions
 
@@ -347,16 +343,18 @@ def check_text_file(file):
 
 
 def documents(file, field=None):
-    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field`, else its "text",
+    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field`, by default "text",
     else its "question" and "answer"."""
     if not file.lower().endswith((".jsonl", ".gz")):
-        with open(file, encoding="utf-8-sig") as f:
-            yield f.read()
+        try:
+            yield pathlib.Path(file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: {error}")
         return
     for item in read_jsonl(file):
         question, answer = text_of(item, "question"), text_of(item, "answer")
         asked = question and answer and f"{ask(question)} {answer}"
-        text = text_of(item, field) or text_of(item, "text") or asked
+        text = text_of(item, field or "text") or asked
         if not text:
             raise ValueError(f"{file}: a line has no text; it has {', '.join(item)}: name one with --field")
         yield text
@@ -438,7 +436,7 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
 
 
 def padded(examples):
-    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, T): targets are -1 but where a token of the
+    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, T): targets are -1 except where a token of the
     answer is predicted. The padding is after the answer, where nothing looks."""
     # [a b c], [d e] -> tokens a b c d, targets -1 -1 d e
     tokens = [torch.tensor((prompt + answer)[:-1]) for prompt, answer in examples]
@@ -513,18 +511,20 @@ def is_same(prediction, reference):
     return bool(found) and number_of(found[-1]) == number_of(reference)
 
 
-def read_questions(file, n=None, shots=0):
-    """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first lines are the shots of all others."""
+def read_questions(file, n=None, shots=0, skip=0):
+    """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first `shots` lines are worked examples of
+    all others; the first `skip` lines are not asked, so that the questions are the same at every number of shots."""
     pairs = []
     for item in read_jsonl(file):
         question, answer = text_of(item, "question"), text_of(item, "answer")
         if not question or not answer:
             raise ValueError(f"{file}: question {len(pairs) + 1} has no question or no answer")
         pairs.append((ask(question), f" {answer}"))
-    if len(pairs) <= shots:
-        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {shots} shots")
+    skip = max(skip, shots)
+    if len(pairs) <= skip:
+        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
     before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
-    return [(before + prompt, answer) for prompt, answer in pairs[shots:][:n]]
+    return [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
 
 
 def answer_questions(model, tokenizer, questions, length, path=None):
@@ -545,66 +545,67 @@ def examples_of(args, checkpoint, context):
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     if args.questions:
         pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
-        pairs = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
-        return padded(pairs)
+        fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
+        if len(fitting) < 4:
+            raise ValueError(f"{len(fitting)} of {len(pairs)} questions fit the context of {context}, fewer than 4")
+        if len(fitting) < len(pairs):
+            tqdm.write(f"{len(pairs) - len(fitting)} questions are longer than the context of {context}: left out")
+        return padded(fitting)
+    if args.task not in TASKS:
+        raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
     return padded(encode_examples(args.task, tokenizer, context, args.n, SHOTS.get(args.task, 0), args.seed)[0])
 
 # -----------------------------------------------------------------------------
 # measurements are rows; tables are printed from rows
 
 def measure(args, model, checkpoint):
-    """All that was asked for, of one model, one after another -> table, suffix of its line, column, score."""
+    """All that was asked for, of one model, one after another -> table, suffix of its line, column, score, such as
+    "along paths", " 3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
     tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions or args.data else None
     paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
     if args.curves:
         yield from curves(checkpoint.get("log", []))
     elif args.finetune:
         for task, n_train in itertools.product(args.tasks, args.finetune):
-            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=seed) for seed in range(3)]
+            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + i) for i in range(3)]
             yield (f"{task}: accuracy by number of fine-tuning examples", "", str(n_train),
                    {"value": statistics.mean(draws), "se": statistics.stdev(draws) / len(draws) ** 0.5, "n": args.n,
                     "chance": TASKS[task][2]})
     elif args.questions:
         for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
-            questions = read_questions(args.questions, args.n, shots)
+            questions = read_questions(args.questions, args.n, shots, skip=max(args.shots or [0]))
             right = answer_questions(model, tokenizer, questions, args.length, path)
             yield f"{os.path.basename(args.questions)}: right answers by shots", suffix, str(shots), proportion(right)
-    elif args.shots:
-        for (suffix, path), task, shots in itertools.product(paths.items(), args.tasks, args.shots):
-            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-            if score["shots"] == shots:         # else so many do not fit the context
-                yield f"{task}: accuracy by number of shots", suffix, str(shots), score
     else:
-        yield from tasks_and_losses(args, model, checkpoint, tokenizer, paths)
+        table = "along paths" if len(paths) > 1 else "tasks"
+        if not args.shots:
+            yield from costs_and_losses(args, model, checkpoint, table, paths)
+        for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
+            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
+            if shots is None:
+                yield table, suffix, task, score
+            elif score["shots"] == shots:       # else so many do not fit the context
+                yield f"{task}: accuracy by number of shots", suffix, str(shots), score
 
 
 def curves(log):
-    """What the log of a run has at each step."""
+    """What the log of a run has at each step, but for the lines just after growth."""
     for row in log:
         for column in row:
-            if column.startswith(("hops-", "loss ")):
-                yield "training", "", column, {"value": row[column],
-                                               **{name: row[name] for name in ("step", "depth", "flops_share")}}
+            if column.startswith(("hops-", "loss ")) and "growth" not in row:
+                yield "training", f" step {row['step']}", column, {
+                    "value": row[column], **{name: row[name] for name in ("step", "depth", "flops_share")}}
 
 
-def tasks_and_losses(args, model, checkpoint, tokenizer, paths):
-    """Held-out losses and accuracies along each path; the gain over the own path is paired over the examples."""
+def costs_and_losses(args, model, checkpoint, table, paths):
+    """Training FLOPs as a share of a plain model's, and held-out losses along each path."""
     losses = {f"loss {name}": rows for name, rows in checkpoint["heldout"].items()}
     if args.data:
         losses = {os.path.basename(args.data): rows_of(args.data, checkpoint, model.config.context, 64)}
-    table = "along paths" if len(paths) > 1 else "tasks"
     if table == "tasks" and checkpoint.get("log"):
         yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
     for name, (suffix, path) in itertools.product(losses, paths.items()):
         yield table, suffix, name, {"value": estimate_loss(model, losses[name], path)}
-    for task in args.tasks:
-        examples, shots = encode_examples(task, tokenizer, model.config.context, args.n, SHOTS.get(task, 0), args.seed)
-        own = is_right(model, examples)     # along the model's own path
-        for suffix, path in paths.items():
-            right = own if path is None else is_right(model, examples, path)
-            gain, gain_se = paired(right.float() - own.float())
-            yield table, suffix, task, {**proportion(right), "chance": TASKS[task][2], "shots": shots,
-                                        **({} if path is None else {"gain": gain, "gain_se": gain_se})}
 
 
 def append_rows(file, rows):
@@ -619,17 +620,18 @@ def plot_curves(file, rows, n_hops=5):
     figure = Figure(figsize=(3 * n_hops, 3), layout="constrained")
     for hop, axis in enumerate(figure.subplots(1, n_hops, sharey=True)):
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            # 1. the seeds of one model, step by step
-            steps = {}      # step: its rows, one a seed
+            # 1. the seeds of one model at each step; a step that one of them lacks is left out
+            steps, seeds = {}, {row["seed"] for row in rows if row["model"] == model}
             for row in rows:
                 if (row["model"], row["column"]) == (model, f"hops-{hop}"):
-                    steps.setdefault(row["step"], []).append(row)
+                    steps.setdefault(row["step"], {})[row["seed"]] = row
+            steps = [list(found.values()) for found in steps.values() if found.keys() == seeds]
             if not steps:       # a log of other text
                 continue
             # 2. their mean and range, and a dot where the next line of the log is of a deeper model
-            shares = [statistics.mean(row["flops_share"] for row in found) for found in steps.values()]
-            values = torch.tensor([[row["value"] for row in found] for found in steps.values()])   # (steps, seeds)
-            depths = [found[0]["depth"] for found in steps.values()]
+            shares = [statistics.mean(row["flops_share"] for row in found) for found in steps]
+            values = torch.tensor([[row["value"] for row in found] for found in steps])     # (steps, seeds)
+            depths = [found[0]["depth"] for found in steps]
             axis.plot(shares, values.mean(1), color=f"C{i}", label=model)
             axis.fill_between(shares, values.amin(1), values.amax(1), color=f"C{i}", alpha=0.15, linewidth=0)
             for place in (p for p in range(1, len(depths)) if depths[p] > depths[p - 1]):
@@ -709,8 +711,8 @@ def make_parser():
     # what to measure
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
                         help="default: all; --tasks alone: losses only")
-    parser.add_argument("-n", type=positive_int, help="examples a task (default: 200, +-3.5%% at most), or questions "
-                                                      "(default: all)")
+    parser.add_argument("-n", type=positive_int, help="examples a task (default: 200: standard errors up to 3.5 "
+                                                      "points), or questions (default: all)")
     parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
     parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
@@ -732,14 +734,17 @@ def main():
     parser = make_parser()
     along, kinds = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
     args, _ = read_options(parser, {
-        "questions": ("tasks", "data", "finetune", "curves"), "finetune": (*along, "data", "shots", "curves"),
-        "curves": (*along, "tasks", "data", "shots", "n"), "shots": ("data",), "no questions": ("length",),
-        "table": (*along, *kinds, "n", "results", "seed", "device"), "no table": ("only",)})
+        "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
+        "finetune": (*along, "data", "shots", "curves"), "curves": (*along, "tasks", "data", "shots", "n", "seed"),
+        "table": (*along, *kinds, "shots", "n", "results", "seed", "device"), "plot": ("json",)},
+        requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
     if args.plot and not (args.curves or args.table):
         raise ValueError("--plot goes with --curves, or with their rows in --table")
-    check_outputs([args.plot], [args.results])
+    if min(args.shots or [0]) < 0:
+        raise ValueError("--shots are 0 or more")
+    check_outputs([], [args.results], args.plot)
     args.n = args.n or (None if args.questions else 200)
     rows = list(read_jsonl(args.table)) if args.table else []
     if any(not {"table", "model", "column", "seed"} <= row.keys() or type(row.get("value")) not in (int, float)

@@ -81,11 +81,10 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups; both may be lists of
     several (train.py has Muon beside AdamW), where each parameter stays with its kind. The papers do not say what
     happens to the moments. Here they follow the path like the weights, so that the first step after growth is scaled
-    as those before it. A layer's first visit takes its moments and further ones get copies; the smaller model's
-    optimizer is left empty. Learning rates and schedulers are not carried: set the rate in every step. Raises
+    as those before it. Learning rates and schedulers are not carried: set the rate in every step. Raises
     ValueError unless each holds exactly its model's parameters. A copy for another model needs its own GPT.along.
     """
-    # 1. new layers that no optimizer holds would never be trained
+    # 1. the classic bug of growing: new layers that no optimizer holds are never trained
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     check_optimizer(old, model)
     check_optimizer(new, grown)
@@ -95,20 +94,15 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     state = {p: moments for part in old for p, moments in part.state.items()}
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
     # 3. they follow the path; before the first step there are none
-    taken = set()
     for name, source in sources.items():
         if source in state:
-            target, moments = targets[name], state[source]
-            holder[target].state[target] = copy.deepcopy(moments) if source in taken else moments
-            taken.add(source)
-    for part in old:
-        part.state.clear()
+            target = targets[name]
+            holder[target].state[target] = copy.deepcopy(state[source])     # each visit has moments of its own
     return new_optimizer
 
 
 def check_optimizer(optimizers, model):
-    """Raises ValueError unless the optimizers hold exactly the model's parameters, each once: new layers that are never
-    trained are the classic bug of growing."""
+    """Raises ValueError unless the optimizers hold exactly the model's parameters, each once."""
     held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
     missing = [name for name, p in model.named_parameters() if not any(p is other for other in held)]
     if missing or len(held) != len(list(model.parameters())):
@@ -149,7 +143,7 @@ def main():
     add_path_options(parser)
     parser.add_argument("--out", required=True, help="NAME.pt, or else a Hugging Face directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
-    args, given = read_options(parser, {"loop": ("path", "method", "block"), "path": ("method", "block")})
+    args, given = read_options(parser, excludes={"loop": ("path", "method", "block"), "path": ("method", "block")})
     check_outputs([args.out])
     if args.out.endswith(".pt") and "dtype" in given:
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
@@ -157,7 +151,7 @@ def main():
     model, checkpoint = load_checkpoint(args.model)
     block = args.block or checkpoint.get("args", {}).get("block") or 2
     path = path_of(args, model.config)
-    if path is None and args.method is None:
+    if path is None and not given & {"method", "block"}:
         path = model.config.path                    # a looped model is untied along its own path
     if path is None:
         path = METHODS[args.method or "lidas"](model.config.n_layer, block)

@@ -62,6 +62,13 @@ def parse_path(text):
     return path
 
 
+def loop_length(path):
+    """Layers in the block that a path visits again: L of e-LxK-d. None for a path without a loop."""
+    for visit, index in enumerate(path):
+        if index in path[:visit]:
+            return visit - path.index(index)
+
+
 def add_path_options(parser):
     parser.add_argument("--loop", nargs="+", default=[], metavar="E-LxK-D",
                         help="along a loop: of 8 layers, 3-2x2-3 visits layers 3-4 twice")
@@ -93,12 +100,12 @@ def path_of(args, config=None):
 # the scan: which block is worth another visit? Every (start, end), on examples with answers
 
 @torch.no_grad()
-def scan(model, tokens, targets, cells, visits=2, batch=8):
+def scan(model, tokens, targets, blocks, visits=2, batch=8):
     """Visits each block (start, end), both included, `visits` times; everything before it is computed once.
 
-    tokens, targets (n, T), where a target of -1 is not asked; cells: list of blocks -> yields, first for None
-    (the plain model) and then for each cell: loss (n,), nats per asked token, and right (n,), whether each of them
-    is the likeliest. A cell costs the layers from `start` on. Memory: n * T * n_embd numbers for each layer.
+    tokens, targets (n, T), where a target of -1 is not asked -> yields, first for None (the plain model) and then for
+    each block: loss (n,), nats per asked token, and right (n,), whether each of them is the likeliest. A block costs
+    the layers from `start` on. Memory: n * T * n_embd numbers for each layer.
     """
     # 1. one plain pass, which keeps the stream before each layer
     model_device, parts = model.embed.weight.device, []
@@ -108,20 +115,19 @@ def scan(model, tokens, targets, cells, visits=2, batch=8):
         for layer in model.layers:
             streams.append(layer(streams[-1], rope_and_mask))   # streams[i] is what layer i reads
         parts.append((streams, rope_and_mask, target.to(model_device)))
-    # 2. of each cell only what comes after the block's first visit
-    for cell in [None, *cells]:
+    # 2. of each block only what comes after its first visit
+    for block in [None, *blocks]:
         scores = []
         for streams, rope_and_mask, target in parts:
             x, rest = streams[-1], []
-            if cell is not None:
-                start, end = cell
-                x, block = streams[end + 1], [*range(start, end + 1)]
-                # the block again, then the layers after it
-                rest = block * (visits - 1) + [*range(end + 1, len(model.layers))]
+            if block is not None:
+                start, end = block
+                again, after = range(start, end + 1), range(end + 1, len(model.layers))
+                x, rest = streams[end + 1], [*again] * (visits - 1) + [*after]
             for index in rest:
                 x = model.layers[index](x, rope_and_mask)
             scores.append(score_targets(model, model.norm(x), target))
-        yield cell, *(torch.cat(column).cpu() for column in zip(*scores))
+        yield block, *(torch.cat(column).cpu() for column in zip(*scores))
 
 
 def score_targets(model, hidden, targets):
@@ -148,12 +154,12 @@ def show(model, checkpoint, args):
     """The same prompt continued along each path, with the held-out loss there."""
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths = paths_of(args, model.config)
-    if not paths:
-        # by default the middle quarter of the layers: once, twice, ...
+    if not paths:       # its own path, and the middle quarter of the layers more often
         block = max(1, n_layer // 4)
         before = (n_layer - block) // 2
-        args.loop = [f"{before}-{block}x{visits}-{n_layer - block - before}" for visits in (1, 2, 3, 5)]
-        paths = paths_of(args, model.config)
+        paths = {"its own path": model.config.resolve_path()}
+        loops = [f"{before}-{block}x{visits}-{n_layer - block - before}" for visits in (2, 3, 5)]
+        paths |= {loop: parse_loop(loop)[1] for loop in loops}
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
@@ -165,22 +171,24 @@ def show(model, checkpoint, args):
 
 def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
-    from evaluate import append_rows, examples_of       # only here: it stands above this file
+    from evaluate import append_rows, examples_of       # only here: evaluate.py imports this file
     if model.config.path:
         raise ValueError("the scan is of models without a loop of their own: grow.py unties one")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
-    rows, of = known_rows(model, tokens, targets, args)
+    if len(tokens) < 4 or args.visits < 2:
+        raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
+    rows, fingerprint = known_rows(model, tokens, targets, args)
     # 1. the blocks that no earlier command has measured
     n_layer, known = model.config.n_layer, {(row["start"], row["end"]) for row in rows}
-    cells = [(start, end) for start in range(n_layer) for end in range(start, n_layer) if (start, end) not in known]
-    measured = scan(model, tokens, targets, cells, args.visits)
+    blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer) if (start, end) not in known]
+    measured = scan(model, tokens, targets, blocks, args.visits)
     # 2. their gain over the plain model, above 0 where a block helps; even examples choose, odd ones report
     kind = "loss" if args.data else args.by
     _, plain_loss, plain_right = next(measured)
-    for (start, end), loss, right in tqdm(measured, total=len(cells), unit="block", disable=None):
+    for (start, end), loss, right in tqdm(measured, total=len(blocks), unit="block", disable=None):
         gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()     # (n,)
         (chosen, chosen_se), (reported, reported_se) = paired(gain[::2]), paired(gain[1::2])
-        rows.append({"of": of, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
+        rows.append({"of": fingerprint, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
                      "reported": reported, "reported_se": reported_se})
         if args.rows:
             append_rows(args.rows, rows[-1:])
@@ -200,13 +208,13 @@ def known_rows(model, tokens, targets, args):
     """The rows of an earlier command in --rows, and the checksum of what is measured, by content: a copy of the model
     or of the data is the same. Raises ValueError where the rows are of something else."""
     from evaluate import read_jsonl
-    of = zlib.crc32(f"{args.visits} {args.by}".encode())
-    for x in (*model.state_dict().values(), tokens, targets):
-        of = zlib.crc32(x.cpu().numpy().tobytes(), of)
+    fingerprint = zlib.crc32(f"{args.visits} {args.by}".encode())
+    for tensor in (*model.state_dict().values(), tokens, targets):
+        fingerprint = zlib.crc32(tensor.cpu().numpy().tobytes(), fingerprint)
     rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
-    if any(row.get("of") != of for row in rows):
+    if any(row.get("of") != fingerprint for row in rows):
         raise ValueError(f"{args.rows} holds the scan of another model, other examples or other --visits")
-    return rows, of
+    return rows, fingerprint
 
 
 def print_best(rows, n_layer, visits):
@@ -268,9 +276,12 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png", help="a heat map of the scan (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     demo, asked = ("loop", "path", "prompt", "length", "temperature"), ("task", "data", "questions")
-    args, _ = read_options(parser, {"scan": demo, "data": ("task", "questions", "by"), "questions": ("task",),
-                                    "no scan": (*asked, "visits", "by", "n", "rows", "results", "plot")})
-    check_outputs([args.plot], [args.rows, args.results])
+    args, _ = read_options(
+        parser, {"scan": demo, "data": ("task", "questions", "by", "seed"), "questions": ("task", "seed")},
+        requires={"scan": (*asked, "visits", "by", "n", "rows", "results", "plot")})
+    check_outputs([], [args.rows, args.results], args.plot)
+    if not args.temperature >= 0:
+        raise ValueError("--temperature must be 0 or more")
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     (show_scan if args.scan else show)(model, checkpoint, args)
 

@@ -48,7 +48,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True               # the output head shares its weights with the embedding
-    eot: int | None = None          # token that begins a document; no position attends past it
+    eot: int | None = None          # token that begins a document; attention never crosses it
     path: list | None = None        # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
     rope_freqs: list | None = None  # rotary frequencies, where they are not those of rope_theta
@@ -175,20 +175,21 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
-        # Rotary attention without biases can look one position back, whatever stands there, only along a
-        # direction that all embeddings share. Tied logits do not see it: it adds the same to each of them.
+        # To look at the previous position whatever token stands there, rotary attention without biases needs a
+        # direction that all embeddings share. With tied weights it shifts all logits alike: no prediction changes.
         self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
 
     def rope_and_mask(self, tokens, seen=0):
-        """What attention has to know of the positions after the first `seen`.
+        """Rotary tables and mask for the positions after the first `seen`.
 
         tokens (B, T) -> cos, sin (T - seen, head_dim / 2), and a mask (B or 1, 1, T - seen, T) of the positions
-        that can be attended to, or None where that is every earlier one.
+        that can be attended to, or None where plain causal attention is enough.
         """
         T, mask = tokens.shape[1], None
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
-        # only then does attention need a mask of its own: without one it uses its fast causal kernel
+        # Without documents, only several tokens after a cache need a mask: one new token sees everything, and
+        # a text from its beginning takes the fast causal kernel.
         if self.config.eot is not None or 0 < seen < T - 1:
             mask = torch.ones(T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)[None]
         if self.config.eot is not None:
@@ -206,8 +207,9 @@ class GPT(nn.Module):
     def hidden(self, tokens, path=None, cache=None, seen=0):
         """The residual stream (B, T, n_embd) after the last norm; self.head turns it into logits.
 
-        cache: of new_cache. tokens (B, T) are all of them, but only those after the first `seen`, which the
-        cache knows, are run and returned.
+        cache: made by new_cache. tokens (B, T) is the whole sequence; only positions from `seen` on are computed
+        and returned, since the cache holds the earlier ones. A model with learned positions takes those from
+        `seen` on.
         """
         rope_and_mask = self.rope_and_mask(tokens, seen)
         x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
@@ -237,7 +239,8 @@ class GPT(nn.Module):
         """Continues tokens (B, T) by up to max_new_tokens and returns all of them.
 
         temperature 0 is greedy. stop: a row that has this token is filled with it, and the call ends once
-        every row has it. Past the context, each step runs the last `context` tokens anew: all positions move.
+        every row has it. Once the text is longer than the context, each step reruns the last `context` tokens,
+        because every token's position has moved.
         """
         B, T = tokens.shape
         cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
@@ -296,7 +299,7 @@ class GPT(nn.Module):
         for name, p in self.along(path).items():
             parts = llama_names(name)
             sizes = [hf.get_parameter(part).shape[0] for part in parts]
-            state |= zip(parts, p.detach().split(sizes))    # and are taken apart again
+            state |= zip(parts, p.detach().split(sizes))    # q, k, v are taken apart again
         hf.load_state_dict(state)
         part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # renamed when whole
         try:
@@ -345,7 +348,7 @@ TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.w
 
 
 def llama_names(name):
-    """Our parameter's name -> Llama's parameters, which it holds one above the other."""
+    """Name of one of our parameters -> names of the Llama parameters that are concatenated in it."""
     if name in TOP:
         return [TOP[name]]
     _, index, ours = name.removesuffix(".weight").split(".", 2)     # layers, 3, attn.qkv
@@ -402,10 +405,10 @@ class Tokenizer:
 
 
 def get_tokenizer(spec):
-    """What a checkpoint has as its tokenizer -> Tokenizer.
+    """Builds the Tokenizer that a checkpoint's spec describes.
 
     spec: a name that tiktoken knows; {"words": list, "pattern": str} of evaluate.py's world; or
-    {"files": {name: bytes}} of a Hugging Face tokenizer. Raises ValueError where it is not to be had.
+    {"files": {name: bytes}} of a Hugging Face tokenizer. Raises ValueError where it cannot be loaded.
     """
     if spec is None:
         raise ValueError("this model came without a tokenizer")
@@ -522,12 +525,17 @@ def load_checkpoint(name, device="cpu"):
         model.load_state_dict(checkpoint["model"])
     except Exception as error:              # unpickling what is no checkpoint raises errors of every kind
         raise ValueError(f"{name} is not a whole checkpoint of this project ({type(error).__name__}: {error})")
-    return model.to(device), checkpoint
+    return model.to(device), {"tokenizer": None, "heldout": {}, **checkpoint}
 
 
-def check_outputs(new=(), rows=()):
-    """The rule for outputs: nothing is overwritten, and rows are appended to .jsonl files only. Raises ValueError."""
-    for file in new:
+def check_outputs(new=(), rows=(), plot=None):
+    """The rule for outputs, checked before any work: nothing is overwritten, rows are appended to .jsonl files only,
+    and a figure can be drawn. Raises ValueError."""
+    if plot:
+        optional("matplotlib.figure")
+        if not plot.endswith((".png", ".pdf", ".svg")):
+            raise ValueError(f"{plot}: a figure is a .png, .pdf or .svg")
+    for file in (*new, plot):
         if file and os.path.exists(file):
             raise ValueError(f"{file} exists: choose another name, or remove it")
     for file in rows:
@@ -553,24 +561,24 @@ def positive_int(text):
     return int(text)
 
 
-def read_options(parser, conflicts):
-    """-> args, and the names that were given. conflicts: {name: names that mean nothing beside it}, where "no scan"
-    stands for a command without --scan. Raises ValueError for what would be ignored."""
-    # parse twice: what is still `unset` the second time was not given, even where the default was typed
+def read_options(parser, excludes={}, requires={}):
+    """-> args, and the names that were given. excludes: {name: names that mean nothing beside it}, requires: {name:
+    names that mean nothing without it}. Raises ValueError for what would be ignored."""
+    # parse twice: what is still `unset` the second time was not given, even where a default was typed
     args, unset = parser.parse_args(), object()
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
-    for name, others in conflicts.items():
-        if (name.removeprefix("no ") in given) != name.startswith("no "):
-            for other in given.intersection(others):
-                goes = "goes only" if name.startswith("no ") else "does not go"
-                raise ValueError(f"--{other} {goes} with --{name.removeprefix('no ')}".replace("_", "-"))
+    wrong = [(other, f"does not go with --{name}") for name in given & excludes.keys() for other in excludes[name]]
+    wrong += [(other, f"goes only with --{name}") for name in requires.keys() - given for other in requires[name]]
+    for other, why in wrong:
+        if other in given:
+            raise ValueError(f"{'-' if len(other) == 1 else '--'}{other} {why}".replace("_", "-"))
     return args, given
 
 
 def run_script(main):
-    """Runs a command. Bad input, or a disk that refuses, ends in one line and exit code 2; bugs keep their
-    traceback."""
+    """Runs a command. Bad input, or a disk that refuses, ends in one line and exit code 2; other
+    errors keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")        # a model can write what the terminal cannot show
     try:

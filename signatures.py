@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables, rows_of
-from loop import add_path_options, paths_of
+from loop import add_path_options, loop_length, paths_of
 from model import check_outputs, estimate_loss, optional, pick_device, positive_int, run_script, save_figure
 
 # -----------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     skipped, read = ~begins, ~begins    # a document's first token keeps the visit, and is not read
     if future is not None:
         document, place = begins.cumsum(1), torch.arange(T, device=tokens.device)
-        skipped = skipped & (place < future)
-        read = read & (place >= future) & (document == document[:, future - 1:future])  # of the document that t cuts
-    rows = read.any(1)                                  # a row without a position to read is left out
+        cut = document == document[:, future - 1:future]        # the document that goes on at t
+        skipped, read = skipped & cut & (place < future), read & cut & (place >= future)
+    rows = skipped.any(1) & read.any(1)                 # a row where nothing is left out, or read, says nothing
     if not rows.any():
         raise ValueError("no document goes on past the future position: give longer documents or more rows")
 
@@ -214,7 +214,10 @@ COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip
 
 
 def all_signatures(model, rows, block, path=None):
-    """Every signature on rows (n, T + 1) of held-out text -> dict of curves and matrices, by visit."""
+    """Every signature on rows (n, T + 1) of held-out text -> dict of curves and matrices, by visit. Raises ValueError
+    for fewer than three visits."""
+    if len(model.config.resolve_path(path)) < 3:
+        raise ValueError("signatures compare visits: give a path of three or more")
     tokens = rows[:, :-1].long().to(model.embed.weight.device)
     result = contributions(model, tokens, path)
     for name, kind in {"skip": {}, "future": {"future": tokens.shape[1] // 2}, "local": {"local": True}}.items():
@@ -236,8 +239,8 @@ def numbers(model):
         for name in ("skip_output", "skip_later", "local_later", "update", "attention", "mlp")}
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
-    period = {}
     if len(model["path"]) >= 3 * block + 1 and block > 1:       # without the first and the last block, more than one
+        period = {}
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
         tables["1b: share of variance that visit mod block explains"] = period
@@ -305,12 +308,12 @@ def main():
     add_path_options(parser)
     parser.add_argument("--rows", type=positive_int, default=32, help="held-out rows (default: 32, for two digits)")
     parser.add_argument("--data", metavar="FILE", help="text in place of the run's held-out general text")
-    parser.add_argument("--block", type=positive_int, help="size of blocks (default: the run's own, else 2)")
+    parser.add_argument("--block", type=positive_int, help="size of blocks (default: the loop's or the run's, else 2)")
     parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl, for evaluate.py --table")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args = parser.parse_args()
-    check_outputs([args.plot], [args.results])
+    check_outputs([], [args.results], args.plot)
     models = []
     for file, name, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
         if args.data:
@@ -319,8 +322,8 @@ def main():
             rows = checkpoint["heldout"]["general"][:args.rows]
         else:
             raise ValueError(f"{file} has no held-out text: give some with --data FILE")
-        block = args.block or checkpoint.get("args", {}).get("block") or 2
         for suffix, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
+            block = args.block or loop_length(path) or checkpoint.get("args", {}).get("block") or 2
             curves = all_signatures(model, rows, block, path)
             models.append({"file": file, "name": f"{name} {suffix}".strip(), "seed": seed, "path": path,
                            "block": block, "curves": curves})

@@ -49,8 +49,8 @@ from model import (GPT, GPTConfig, complete, estimate_loss, get_tokenizer, load_
 def file_stream(args, tokenizer, name, files):
     """Documents in files -> a stream of rows, permuted anew in each epoch; held-out rows; the tokens' checksum.
 
-    They are encoded once, into the run's folder. The last 64 rows, or a twentieth, are held out, from a document's
-    beginning on where one begins in them.
+    They are encoded once, into the run's folder. The last 64 rows (or a twentieth, if fewer) are held out; the cut
+    moves forward to the beginning of a document, if one begins in the first half of them.
     """
     cache, width = os.path.join(args.out, f"{name}.tokens"), args.context + 1
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
@@ -58,9 +58,10 @@ def file_stream(args, tokenizer, name, files):
         parts = evaluate.encode_files(files, tokenizer, args.field)
         save_atomically(cache, lambda f: [f.write(part.astype(dtype).tobytes()) for part in parts])
     tokens = np.memmap(cache, dtype, mode="r") if os.path.getsize(cache) else np.empty(0, dtype)
-    n_heldout = min(64, -(-len(tokens) // width // 20))         # rows
-    starts = np.flatnonzero(tokens[-n_heldout * width:] == tokenizer.eot)
-    cut = max(0, len(tokens) - n_heldout * width) + (starts[0] if len(starts) else 0)   # no document in both parts
+    n_heldout = min(64, math.ceil(len(tokens) / width / 20))        # rows
+    cut = max(0, len(tokens) - n_heldout * width)
+    starts = np.flatnonzero(tokens[cut:cut + n_heldout * width // 2] == tokenizer.eot)
+    cut += starts[0] if len(starts) else 0                          # no document stands in both parts
     rows = tokens[:cut // width * width].reshape(-1, width)
     heldout = tokens[cut:][:(len(tokens) - cut) // width * width].reshape(-1, width)
     if not len(rows) or not len(heldout):
@@ -87,15 +88,17 @@ def open_streams(args, tokenizer):
         # the built-in world is made as it is read; held-out rows are the same for all seeds
         elif not args.data:
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
-            streams[name] = functools.partial(row, False, args.seed)
-            heldout[name] = torch.from_numpy(np.stack([row(True, 0, i) for i in range(64)]).astype(np.int32))
-            data[name] = zlib.crc32(streams[name](0), zlib.crc32(heldout[name].numpy()))
+            streams[name] = functools.partial(row, heldout=False, seed=args.seed)
+            rows = np.stack([row(heldout=True, seed=0, number=i) for i in range(64)])
+            heldout[name] = torch.from_numpy(rows.astype(np.int32))
+            data[name] = zlib.crc32(streams[name](number=0), zlib.crc32(heldout[name].numpy()))
     return streams, heldout, data
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows. All
-    ranks together make the batch of one. In the cooldown a row is math with chance args.math_share."""
+    """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows.
+    Together, the ranks read the rows that one process alone would read. In the cooldown a row is math with chance
+    args.math_share, where there is math."""
 
     def __init__(self, streams, args, rank=0, world_size=1):
         self.streams, self.args = streams, args
@@ -106,12 +109,12 @@ class Batches(torch.utils.data.Dataset):
         """-> (batch / world_size, context + 1) int64"""
         args, constant = self.args, constant_steps(self.args)
         # which rows are math is drawn for all ranks, so that each finds its own
-        share = args.math_share if step >= constant else 0.0
+        share = args.math_share if step >= constant and "math" in self.streams else 0.0
         is_math, rows = np.random.default_rng((args.seed, step)).random(args.batch) < share, []
         for i in self.mine:
             # math is counted from the cooldown's first row on, so that none repeats within an epoch
             name, first = ("math", constant) if is_math[i] else ("general", 0)
-            rows.append(self.streams[name]((step - first) * args.batch + i))
+            rows.append(self.streams[name](number=(step - first) * args.batch + i))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # -----------------------------------------------------------------------------
@@ -130,18 +133,17 @@ def learning_rate(args, step):
     return args.lr * min(up, down)
 
 
-def training_flops(config, n_tokens, depth=None):
-    """Floating point operations to train on n_tokens: a backward pass counts as two forward passes.
+def training_flops(config, rows, context, depth):
+    """Floating point operations to train on rows of `context` tokens: a backward pass counts as two forward passes.
 
-    Counted by *visit*, so that a looped layer costs as much as two layers. Per token and forward pass: 2 per weight
-    of a matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for
-    causal attention's two products.
+    Counted per *visit*: a layer visited twice costs as much as two layers. Per token and forward pass: 2 per weight of
+    a matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for causal
+    attention's two products.
     """
-    depth = len(config.resolve_path()) if depth is None else depth
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff  # weights: q, k, v; proj; gate, up, down
-    attention = 4 * config.n_embd * config.context // 2
-    return 3 * n_tokens * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
+    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff      # weights: q, k, v; proj; gate, up, down
+    attention = 4 * config.n_embd * context // 2
+    return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
 
 def growth_plan(args):
@@ -153,31 +155,35 @@ def growth_plan(args):
 
 
 def flops_until(args, config, step):
-    """Training FLOPs of all steps before this one, those of the run that --init goes on with included."""
+    """Training FLOPs of all steps before this one, including those of the run given to --init."""
     plan, flops = growth_plan(args), args.start_flops
     for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
-        flops += training_flops(config, max(0, min(step, end) - start) * args.batch * args.context, depth)
+        flops += training_flops(config, max(0, min(step, end) - start) * args.batch, args.context, depth)
     return flops
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
 
-def build_model(args, tokenizer):
+def model_config(args, n_vocab, eot):
     """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
-    torch.manual_seed(args.seed)
-    # a GPU's matrix products are fast for sizes that are multiples of 64
-    n_vocab = tokenizer.n_vocab if args.device == "cpu" else -(-tokenizer.n_vocab // 64) * 64
     path = path_of(args)
     n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
-    return GPT(GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
-                         n_embd=args.width, d_ff=-(-args.width * 8 // 3 // 8) * 8, context=args.context, path=path,
-                         init_depth=args.layers, eot=tokenizer.eot))
+    d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
+    return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
+                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers, eot=eot)
+
+
+def build_model(args, tokenizer):
+    torch.manual_seed(args.seed)
+    # a GPU's matrix products are fast for sizes that are multiples of 64
+    n_vocab = tokenizer.n_vocab if args.device == "cpu" else math.ceil(tokenizer.n_vocab / 64) * 64
+    return GPT(model_config(args, n_vocab, tokenizer.eot))
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by five steps of Newton-Schulz (Jordan et al. 2024), with the size of an AdamW update,
-    so that both take one learning rate. torch.optim.Muon in float32, and matrices of one shape in one product: on a
-    CPU its bfloat16 is ten times slower."""
+    so that both take one learning rate: 0.2 * sqrt(the longer side), as Moonlight (arXiv 2502.16982). torch.optim.Muon
+    in float32, and matrices of one shape in one product: on a CPU its bfloat16 is ten times slower."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -189,7 +195,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:           # matrices of one shape go through one product
                 shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                # 1. Nesterov's momentum
+                # 1. Nesterov's momentum: the average as it will be after another step along this gradient
                 for p in params:
                     self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
                 averages = [self.state[p]["momentum"] for p in params]
@@ -200,7 +206,7 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if rows > columns else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
-                    # a polynomial of x x^T that pulls every singular value towards 1
+                    # a polynomial of x x^T that pulls every singular value towards 1; Jordan's coefficients
                     gram = x @ x.mT
                     x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
                 x = x.mT if rows > columns else x
@@ -273,10 +279,11 @@ def make_parser():
     parser.add_argument("--kv-heads", type=positive_int, help="fewer: grouped-query attention (default: as --heads)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="all of them (default: 4000, minutes; CUDA: 2000)")
-    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64)")
+    parser.add_argument("--steps", type=positive_int, help="all of them (default: 4000; CUDA: 2000; with --init of a "
+                                                           "model that is no run: 500)")
+    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; 8)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
-                                                "too late, at 0.002 late; with --init 0.0001)")
+                                                "too late, at 0.002 late; with --init of no run: 0.0001)")
     parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
     parser.add_argument("--cooldown", type=float, help="the cooldown's share of all steps (default: 0.2)")
     parser.add_argument("--weight-decay", type=float, help="of matrices (default: 0.01; the usual 0.1 makes small "
@@ -305,7 +312,7 @@ def read_args():
     args, given = read_options(make_parser(), CONFLICTS)
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method or "lidas"
     args.out = args.out or os.path.join("out", kind)
-    if args.resume:
+    if args.resume:                             # a run that goes on has its own arguments
         return resumed(args, given)
     args.device = pick_device(args.device or "auto")
     model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
@@ -334,12 +341,14 @@ def resumed(args, given):
 
 
 def complete_args(args, given, model, checkpoint):
-    """What was not given is that of the run that is trained on, or else the default. Raises ValueError for options
-    that do not apply."""
+    """What was not given is that of the run that --init goes on with, or else a default: of other models with --init,
+    or of the device. Raises ValueError for options that do not apply."""
     defaults = DEFAULTS | SIZES.get(args.device.split(":")[0], SIZES["cpu"])
     path = path_of(args, model.config if model else None)
     if path:
         defaults |= {"method": "looped", "layers": len(path)}
+        if set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
+            raise ValueError("a path that is trained visits every layer: grow.py removes those that it leaves out")
     if model:
         model.config.path = path or model.config.path
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
@@ -356,10 +365,8 @@ def complete_args(args, given, model, checkpoint):
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.method == "baseline" and given.intersection(("block", "alpha")):
         raise ValueError("--block and --alpha go with a --method that grows")
-    if args.data and not args.math:
-        if "math_share" in given:
-            raise ValueError("--math-share needs --math FILE, where the math is taken from")
-        args.math_share = 0.0
+    if "math_share" in given and args.data and not args.math:
+        raise ValueError("--math-share needs --math FILE, where the math is taken from")
 
 
 def check(args):
@@ -372,19 +379,26 @@ def check(args):
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if constant_steps(args) < 1 and not args.init:
         raise ValueError("--steps less the cooldown must leave a step")
+    if args.math and constant_steps(args) == args.steps:
+        raise ValueError("--math is for the cooldown: give a --cooldown above 0")
     growth_plan(args)                                       # whole blocks, and steps for each stage
+    if not args.init:
+        model_config(args, n_vocab=1, eot=0)                # heads that fit the width
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
 # -----------------------------------------------------------------------------
 # what a run prints and keeps
 
+QUESTIONS = 64      # of each number of hops: a standard error of 6 points at most
+
+
 @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
 def evaluation(model, heldout, tokenizer, args):
     """Held-out losses, and, of the built-in world, the accuracy by hops -> {name: value}"""
     row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}    # nats per token
-    if not args.data:
-        row |= evaluate.hops(model, tokenizer, n=64)
+    for task in evaluate.HOPS if not args.data else []:
+        row[task] = evaluate.accuracy(model, tokenizer, task, QUESTIONS)["value"]
     return row
 
 
@@ -402,17 +416,14 @@ class Run:
         self.args, self.log, self.tokenizer, self.heldout, self.kept = args, log, tokenizer, heldout, kept
         self.since = None                               # (step, time) of the last report
 
-    def evaluate(self, model):
-        return evaluation(model, self.heldout, self.tokenizer, self.args)
-
     def report(self, model, step, loss=None):
         """One line and one row of the log. loss: mean training loss since the last one. Raises ValueError when
         training has gone wrong."""
         args, config, speed = self.args, model.config, ""
         flops, depth = flops_until(args, config, step), len(config.resolve_path())
-        plain = training_flops(config, args.steps * args.batch * args.context, args.layers)
-        row = {"step": step, "loss": loss, **self.evaluate(model), "lr": learning_rate(args, step), "depth": depth,
-               "flops": flops, "flops_share": flops / plain}
+        plain = training_flops(config, args.steps * args.batch, args.context, args.layers)
+        row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
+               "lr": learning_rate(args, step), "flops": flops, "flops_share": flops / plain}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         if self.since and step > self.since[0]:
@@ -425,8 +436,9 @@ class Run:
         self.since = (step, time.perf_counter())
 
     def grew(self, model, step, path):
-        after = self.evaluate(model)
-        self.log.append({"step": step, "growth": path, "after": after})
+        """The line after a growth step: what the deeper model does before it is trained."""
+        after = evaluation(model, self.heldout, self.tokenizer, self.args)
+        self.log.append({**self.log[-1], **after, "depth": len(path), "growth": path})
         tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: {shown(after)}")
 
     def save(self, name, model, optimizers, step):
@@ -495,8 +507,10 @@ def main():
     model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
     optimizers = make_optimizers(model, args)
     for optimizer, state in zip(optimizers, (checkpoint or {}).get("optimizers", [])):
-        optimizer.load_state_dict(state)
-    log = checkpoint["log"] if "optimizers" in (checkpoint or {}) else []
+        # the moments are the run's, the settings those of this command
+        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    is_run = "optimizers" in (checkpoint or {})
+    log = checkpoint["log"] if is_run else []
     run = Run(args, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
     if args.resume and data != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
@@ -527,7 +541,8 @@ def train(run, model, optimizers, batches, start, rank):
     growth, constant = dict(growth_plan(args)[1:]), constant_steps(args)
     reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
-    workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 2 ** 13 else 0
+    # rows take time to make: on a GPU, other processes do it
+    workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
     training, losses, signals = prepare(model, args), [], catch_signals(first)
@@ -568,7 +583,7 @@ def train(run, model, optimizers, batches, start, rank):
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
             if first:
                 run.grew(model, done, path)
-        # 6. save. stable.pt first: a run that has ckpt.pt does not come here again
+        # 6. save. stable.pt first: killed between the two, --resume repeats this step from the older ckpt.pt
         if due and first:
             if done == constant:
                 run.save("stable.pt", model, optimizers, done)

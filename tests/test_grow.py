@@ -93,9 +93,9 @@ def test_moments_follow_the_path(make):
     for visit, index in enumerate(path):
         pairs += zip(model.layers[index].parameters(), grown.layers[visit].parameters())
     after = moments_of(new)
-    assert len(before) == len(list(model.parameters())) and len(after) == len(pairs) and not moments_of(optimizer)
+    assert len(before) == len(list(model.parameters())) and len(after) == len(pairs)
     assert all(same(before[source], after[copied]) for source, copied in pairs)
-    tensors = [x for moments in after.values() for x in moments.values()]
+    tensors = [x for moments in (*after.values(), *moments_of(optimizer).values()) for x in moments.values()]
     assert len(pointers(tensors)) == len(tensors)
     for part in parts(new):
         weights = {p: p.clone() for group in part.param_groups for p in group["params"]}
@@ -180,13 +180,26 @@ def test_layer_flops_of_growth_are_those_of_the_papers():
 
 
 def test_flops_count_visits_and_agree_with_the_parameters():
-    looped, plain = tiny_model(path=[0, 1, 2, 3, 2, 3, 4, 5]), tiny_model()
-    flops = [training_flops(plain.config, 1, depth) for depth in range(9)]
-    assert [training_flops(m.config, 1) for m in (plain, looped)] == [flops[6], flops[8]]
+    plain = tiny_model()
+    flops = [training_flops(plain.config, 1, 24, depth) / 24 for depth in range(9)]         # of a token
     per_visit = flops[1] - flops[0]
     matrices = sum(p.numel() for p in plain.layers[0].parameters() if p.dim() == 2)
     assert per_visit == 6 * matrices + 3 * 4 * 32 * 24 // 2 and flops[8] == flops[0] + 8 * per_visit
-    assert training_flops(plain.config, 7) == 7 * flops[6]
+    assert training_flops(plain.config, 7, 24, 6) == 7 * 24 * flops[6]
+    # shorter rows than the model's context cost less in attention
+    assert training_flops(plain.config, 2, 12, 6) < training_flops(plain.config, 1, 24, 6)
+
+
+def test_growing_keeps_what_is_not_a_weight():
+    """A model in eval mode came back in training mode, a frozen embedding trainable."""
+    model = tiny_model()
+    model.embed.weight.requires_grad_(False)
+    grown = grow(model, [0, 1, 1])
+    assert not grown.training and not grown.embed.weight.requires_grad and grown.head.weight is grown.embed.weight
+    with pytest.raises(ValueError, match="layers.0.norm1.weight is missing"):
+        held = [p for name, p in grown.named_parameters() if name != "layers.0.norm1.weight"]
+        optimizer = torch.optim.AdamW(model.parameters())
+        grow_optimizer(optimizer, torch.optim.AdamW(held), model, grown, [0, 1, 1])
 
 
 def test_growing_a_checkpoint_by_command(trained, tmp_path):

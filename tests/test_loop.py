@@ -67,7 +67,7 @@ def test_a_prompt_along_several_paths(trained):
     by_path = {name: rest for name, rest in re.findall(r"^(\S+)   depth .*\n((?:.*\n){2})", printed, re.M)}
     assert by_path["2-2x2-2"] == by_path["0-3,2-5"] != by_path["0-3,5"]         # losses and text
     assert re.findall(r"depth (\d+)", works(*command).stdout) == ["6", "7", "8", "10"]
-    for options, message in ((["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
+    for options, message in ((["--temperature", "nan"], "--temperature"), (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
                              (["--loop", "2,2,1"], "e-LxK-d"), (["--prompt", "k " * 200], "context")):
         refused(message, *command, *options)
 
@@ -83,6 +83,11 @@ def test_the_scan_by_command(trained, tmp_path):
     rows.write_text("".join(before.splitlines(True)[:7]))
     assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
     assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
+    long = written(tmp_path / "long.jsonl", ('{"question": "' + "1 + " * 200 + '1 ?", "answer": 2}\n') * 9)
+    for options, message in ((["--task", "hops-9"], "no task hops-9"), (["--questions", long], "0 of 8"), (["-n", 3], "4"),
+                             (["--visits", 1], "2 --visits"), (["--plot", "a.xyz"], ".png")):
+        refused(message, *command, *options)
+    refused("-n goes only with --scan", "loop.py", trained / "ckpt.pt", "-n", 4)
     for other in (["--data", text, "--visits", 3], ["--questions", questions]):
         refused("another", *command, *other, "--rows", rows)
     assert "±" in works(*command, "--questions", questions).stdout and rows.read_text() == before

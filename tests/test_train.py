@@ -67,7 +67,7 @@ def test_flops_add_up_stage_by_stage():
     flops = [train.flops_until(args, config, step) for step in range(101)]
     per_step = np.diff(flops)
     assert flops[0] == 7 and [len(set(per_step[a:b])) for a, b in ((0, 8), (8, 24), (24, 48), (48, 100))] == [1] * 4
-    assert per_step[0] < per_step[8] < per_step[24] < per_step[48] == train.training_flops(config, 8 * 4, 8)
+    assert per_step[0] < per_step[8] < per_step[24] < per_step[48] == train.training_flops(config, 8, 4, 8)
     plain = arguments(method="baseline")
     assert train.flops_until(plain, config, 100) == 100 * per_step[-1]
 
@@ -106,7 +106,7 @@ def test_a_run_grows_and_says_what_it_did(trained):
     rows = [json.loads(line) for line in open(trained / "log.jsonl")]
     growths, lines = [r for r in rows if "growth" in r], [r for r in rows if "growth" not in r]
     assert [r["growth"] for r in growths] == [[0, 1, 0, 1], [0, 1, 2, 1, 2, 3]]
-    assert all(np.isfinite(r["after"]["loss math"]) for r in growths)
+    assert all(np.isfinite(r["loss math"]) for r in growths) and [r["depth"] for r in growths] == [4, 6]
     assert [(r["step"], r["depth"]) for r in lines] == [(0, 2), (8, 2), (10, 4), (16, 4), (20, 6), (24, 6), (30, 6)]
     assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
     assert 0.7 < lines[-1]["flops_share"] < 0.95 and lines[-1]["flops"] > lines[-2]["flops"]
@@ -277,6 +277,26 @@ def test_a_branch_without_changes_is_the_runs_own_end(trained, on_text, tmp_path
             assert same(run_of(f"branch-{i}")[key], run_of(run)[key]), (run, key)
 
 
+def test_a_growth_step_leaves_a_checkpoint_that_is_whole(tmp_path):
+    """Its last line of the log had no FLOPs, so that evaluate.py and --init failed until the next one."""
+    grown = tmp_path / "run"
+    works("train.py", *TINY_RUN, "--out", grown)
+    checkpoint = torch.load(grown / "ckpt.pt", weights_only=True)
+    log = checkpoint["log"]
+    torch.save({**checkpoint, "log": log[:[i for i, row in enumerate(log) if "growth" in row][0] + 1], "step": 8},
+               tmp_path / "at_growth.pt")
+    works("train.py", "--init", tmp_path / "at_growth.pt", "--device", "cpu", "--out", tmp_path / "on")
+    assert "flops" in works("evaluate.py", tmp_path / "at_growth.pt", "--tasks").stdout
+
+
+def test_math_that_comes_with_a_branch_is_read(on_text, tmp_path):
+    """A run without math had stored a share of 0, which the branch took over in silence."""
+    command = ["train.py", *TINY_RUN, "--data", "text.jsonl", "--field", "body"]
+    works(*command, "--out", "plain")
+    works("train.py", "--init", "plain/stable.pt", "--math", on_text.files[1], "--device", "cpu", "--out", "math")
+    assert "loss math" in run_of("math")["log"][-1] and not same(run_of("math")["model"], run_of("plain")["model"])
+
+
 def test_a_run_on_files_is_resumed_from_elsewhere_and_after_its_data_moved(on_text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 27)
@@ -317,6 +337,9 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
     longer = run_of(tmp_path / "longer")
     assert longer["step"] == 40 and longer["log"][-1]["flops"] > run_of(trained)["log"][-1]["flops"]
     assert [row["step"] for row in longer["log"] if row["step"] > 30][-1] == 40
+    # settings of this command count, also those that the optimizer has stored
+    works("train.py", "--init", trained / "stable.pt", "--weight-decay", 0.5, "--device", "cpu", "--out", tmp_path / "wd")
+    assert not same(run_of(tmp_path / "wd")["model"], run_of(trained)["model"])
     # what cannot change is named
     for option in (["--method", "lidas"], ["--layers", 8], ["--width", 64], ["--encoding", "gpt2"], ["--alpha", 1],
                    ["--kv-heads", 1]):
@@ -324,6 +347,7 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
     cut = written(tmp_path / "cut.pt", (trained / "ckpt.pt").read_bytes()[:5000])
     for options, message in (
             (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"), (["--loop", "2x"], "e-LxK-d"),
+            (["--path", "0-3,5"], "every layer"),
             (["--path", "3-1"], "a path is"), (["--loop", "2x2", "--path", "0-3"], "--path"),
             (["--init", tmp_path / "none.pt"], "none.pt"), (["--init", cut], "not a whole checkpoint"),
             (["--init", trained / "log.jsonl"], "not a model")):
@@ -346,6 +370,14 @@ def test_held_out_documents_of_files_are_the_last_ones_and_not_trained_on(on_tex
     assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == n and epochs[0] != epochs[1]     # each once
     trained_on = tokenizer.decode([token for line in epochs[0] for token in line])
     assert not any(line in trained_on for line in heldout) and lines[0] in trained_on
+
+
+def test_a_short_last_document_leaves_the_held_out_part_whole(bytes_for_gpt2, tmp_path):
+    """The cut was at the first document's beginning, even where hardly anything follows."""
+    files = [str(written(tmp_path / "long.txt", "a" * 60000)), str(written(tmp_path / "short.txt", "b" * 10))]
+    args = Namespace(out=str(tmp_path), context=127, seed=0, field=None)
+    _, rows, _ = train.file_stream(args, get_tokenizer("gpt2"), "general", files)
+    assert len(rows) == 24
 
 
 def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_gpt2, tmp_path):
@@ -391,7 +423,8 @@ def test_bad_files_end_in_one_line(name, tmp_path, bytes_for_gpt2):
 BAD = {     # options: what is said
     "--method midway": "invalid choice", "--method looped": "invalid choice", "--block 4": "blocks of 4",
     "--encoding gtp2 --data {text}": "no encoding", "--encoding profiles": "no encoding", "--steps 2": "too few",
-    "--loop 1-2x2-1": "--loop", "--path 0-3": "--path",
+    "--loop 1-2x2-1": "--loop", "--path 0-3": "--path", "--width 63": "heads",
+    "--math {text} --data {text} --cooldown 0": "--cooldown",
     "--lr fast": "invalid float", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "--steps", "--batch 0": "positive_int", "--seed -1": "--seed",
     "--data {text} --math-share 0.5": "--math-share", "--math {none}": "no file", "--device gpu": "no device",
@@ -419,7 +452,7 @@ def test_resuming_with_other_settings_or_data_is_refused(trained, tmp_path, monk
     missing = refused("first", "train.py", "--resume", "--out", tmp_path / "runs" / "frist")     # it started anew
     assert not (tmp_path / "runs" / "frist").exists() and not missing.stdout
     row = evaluate.world_row
-    monkeypatch.setattr(evaluate, "world_row", lambda *arguments: row(*arguments)[::-1].copy())
+    monkeypatch.setattr(evaluate, "world_row", lambda *some, **more: row(*some, **more)[::-1].copy())
     refused("changed", "train.py", "--out", tmp_path / "runs" / "first", "--resume")
 
 
