@@ -439,12 +439,13 @@ class Run:
         """The line after a growth step: what the deeper model does before it is trained."""
         after = evaluation(model, self.heldout, self.tokenizer, self.args)
         self.log.append({**self.log[-1], **after, "depth": len(path), "growth": path})
+        self.since = (step, time.perf_counter())
         tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: {shown(after)}")
 
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(os.path.join(out, name), model, heldout=self.heldout, args=vars(self.args), step=step,
-                        log=self.log, flops=flops_until(self.args, model.config, step), optimizers=states, **self.kept)
+                        log=self.log, optimizers=states, **self.kept)
         save_atomically(os.path.join(out, "log.jsonl"),
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
 
