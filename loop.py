@@ -62,11 +62,11 @@ def parse_path(text):
     return path
 
 
-def loop_length(path):
-    """Layers in the block that a path visits again: L of e-LxK-d. None for a path without a loop."""
+def loop_of(path):
+    """The first block that a path visits again -> its first layer, its layers (e and L of e-LxK-d), or None."""
     for visit, index in enumerate(path):
         if index in path[:visit]:
-            return visit - path.index(index)
+            return index, visit - path.index(index)
 
 
 def add_path_options(parser):
@@ -154,12 +154,11 @@ def show(model, checkpoint, args):
     """The same prompt continued along each path, with the held-out loss there."""
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths = paths_of(args, model.config)
-    if not paths:       # its own path, and the middle quarter of the layers more often
-        block = max(1, n_layer // 4)
-        before = (n_layer - block) // 2
-        paths = {"its own path": model.config.resolve_path()}
-        loops = [f"{before}-{block}x{visits}-{n_layer - block - before}" for visits in (2, 3, 5)]
-        paths |= {loop: parse_loop(loop)[1] for loop in loops}
+    if not paths:       # its own path, and other numbers of visits of its loop, or of the middle quarter of the layers
+        own, middle = model.config.resolve_path(), max(1, n_layer // 4)
+        start, block = loop_of(own) or ((n_layer - middle) // 2, middle)
+        loops = [f"{start}-{block}x{visits}-{n_layer - block - start}" for visits in (1, 2, 3, 5)]
+        paths = {"its own path": own} | {loop: path for loop in loops if (path := parse_loop(loop)[1]) != own}
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, load_labelled, print_tables, rows_of
-from loop import add_path_options, loop_length, paths_of
+from loop import add_path_options, loop_of, paths_of
 from model import check_outputs, estimate_loss, optional, pick_device, positive_int, run_script, save_figure
 
 # -----------------------------------------------------------------------------
@@ -323,7 +323,8 @@ def main():
         else:
             raise ValueError(f"{file} has no held-out text: give some with --data FILE")
         for suffix, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
-            block = args.block or loop_length(path) or checkpoint.get("args", {}).get("block") or 2
+            looped = loop_of(path)
+            block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
             curves = all_signatures(model, rows, block, path)
             models.append({"file": file, "name": f"{name} {suffix}".strip(), "seed": seed, "path": path,
                            "block": block, "curves": curves})
