@@ -343,8 +343,8 @@ def check_text_file(file):
 
 
 def documents(file, field=None):
-    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field`, by default "text",
-    else its "question" and "answer"."""
+    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field` ("text"), else its
+    "question" and "answer"."""
     if not file.lower().endswith((".jsonl", ".gz")):
         try:
             yield pathlib.Path(file).read_text(encoding="utf-8-sig")
