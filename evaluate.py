@@ -417,6 +417,10 @@ def encode_example(tokenizer, prompt, answer):
     return [tokenizer.eot] + both[:same], both[same:]
 
 
+class TooLong(ValueError):
+    """A task's questions do not fit the context."""
+
+
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
     """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
     longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
@@ -432,7 +436,7 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
         examples = list(examples.values())
         if max(len(prompt) + len(answer) for prompt, answer in examples) <= context:
             return examples, shots
-    raise ValueError(f"a question of {task} is longer than the context of {context}")
+    raise TooLong(f"a question of {task} is longer than the context of {context}")
 
 
 def padded(examples):
@@ -528,12 +532,15 @@ def read_questions(file, n=None, shots=0, skip=0):
 
 
 def answer_questions(model, tokenizer, questions, length, path=None):
-    """Whether the greedy continuation gives the answer -> (n,) bool. A prompt that fills the context is wrong."""
+    """Whether the greedy continuation gives the answer -> bool, one per question that fits the context."""
     right = []
     for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
         room = model.config.context - 1 - len(tokenizer.encode(prompt))     # for the answer, after eot and the prompt
-        text = complete(model, tokenizer, prompt, min(length, room), path) if room > 0 else ""
-        right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))     # it may ask on by itself
+        if room > 0:
+            text = complete(model, tokenizer, prompt, min(length, room), path)
+            right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))     # it may ask on by itself
+    if len(right) < len(questions):
+        tqdm.write(f"{len(questions) - len(right)} of {len(questions)} prompts fill the context: left out")
     return torch.tensor(right)
 
 
@@ -575,13 +582,19 @@ def measure(args, model, checkpoint):
         for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
             questions = read_questions(args.questions, args.n, shots, skip=max(args.shots or [0]))
             right = answer_questions(model, tokenizer, questions, args.length, path)
-            yield f"{os.path.basename(args.questions)}: right answers by shots", suffix, str(shots), proportion(right)
+            if len(right):
+                yield (f"{os.path.basename(args.questions)}: right answers by shots", suffix, str(shots),
+                       proportion(right))
     else:
         table = "along paths" if len(paths) > 1 else "tasks"
         if not args.shots:
             yield from costs_and_losses(args, model, checkpoint, table, paths)
         for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
-            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
+            try:
+                score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
+            except TooLong as error:
+                tqdm.write(f"{error}: left out")
+                continue
             if shots is None:
                 yield table, suffix, task, score
             elif score["shots"] == shots:       # else so many do not fit the context
@@ -647,13 +660,11 @@ def print_tables(rows):
     """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
     are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
     standard error of its examples."""
+    check_names(rows)
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):
-            seeds = cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})
-            if (other := seeds.get(row["seed"], row).get("run")) != row.get("run"):
-                raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
-            seeds[row["seed"]] = row
+            cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})[row["seed"]] = row
         names, columns = (list(dict.fromkeys(x)) for x in zip(*cells))
         # 1. a line per model
         lines = [["", "seeds", *columns]]
@@ -673,6 +684,14 @@ def print_tables(rows):
         for name, *texts in lines:
             line = f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))
             print(line.rstrip())
+
+
+def check_names(rows):
+    """Raises ValueError where rows of two models would be taken for one."""
+    runs = {}
+    for row in rows:
+        if (other := runs.setdefault((row["model"], row["seed"]), row.get("run"))) != row.get("run"):
+            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
 
 
 def cell(rows):
@@ -699,6 +718,9 @@ def label_of(name, checkpoint):
 
 def load_labelled(names, device):
     """The models of a command, one after another -> name, label, seed, model, checkpoint."""
+    for name in names:          # a mistyped one is noticed before the first is measured
+        if name.endswith(".pt") and not os.path.exists(name):
+            raise ValueError(f"there is no file {name}")
     for name in names:
         model, checkpoint = load_checkpoint(name, device)
         yield name, *label_of(name, checkpoint), model, checkpoint
@@ -760,8 +782,12 @@ def main():
     rows = [row for row in rows if args.only in row["table"]]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
+    check_names(rows)
     if args.plot:
-        plot_curves(args.plot, [row for row in rows if row["table"] == "training"])
+        rows = [row for row in rows if row["table"] == "training"]
+        if not any(row["column"].startswith("hops-") for row in rows):
+            raise ValueError("there is no accuracy by hops to draw: it is in the logs of runs on the built-in world")
+        plot_curves(args.plot, rows)
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     else:

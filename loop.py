@@ -63,10 +63,11 @@ def parse_path(text):
 
 
 def loop_of(path):
-    """The first block that a path visits again -> its first layer, its layers (e and L of e-LxK-d), or None."""
+    """The block of an e-LxK-d path that is visited again -> its first layer, its layers (e, L), or None."""
     for visit, index in enumerate(path):
         if index in path[:visit]:
-            return index, visit - path.index(index)
+            length = visit - path.index(index)
+            return (index, length) if path[visit:visit + length] == [*range(index, index + length)] else None
 
 
 def add_path_options(parser):

@@ -411,7 +411,7 @@ def get_tokenizer(spec):
     {"files": {name: bytes}} of a Hugging Face tokenizer. Raises ValueError where it cannot be loaded.
     """
     if spec is None:
-        raise ValueError("this model came without a tokenizer")
+        raise ValueError("this model came without a tokenizer: train.py takes one by --encoding")
     if not isinstance(spec, str):
         return hf_tokenizer(spec["files"]) if "files" in spec else word_tokenizer(**spec)
     import tiktoken
@@ -568,6 +568,9 @@ def read_options(parser, excludes={}, requires={}):
     args, unset = parser.parse_args(), object()
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
+    for name, value in vars(args).items():
+        if isinstance(value, list) and sys.argv.count(f"--{name}") > 1:
+            raise ValueError(f"--{name} is given twice: write all of them after one, or only the last one would count")
     wrong = [(other, f"does not go with --{name}") for name in given & excludes.keys() for other in excludes[name]]
     wrong += [(other, f"goes only with --{name}") for name in requires.keys() - given for other in requires[name]]
     for other, why in wrong:

@@ -325,8 +325,11 @@ def main():
         for suffix, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
             looped = loop_of(path)
             block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
+            label = f"{name} {suffix}".strip()
+            if any(other["name"] == label and len(other["path"]) != len(path) for other in models):
+                raise ValueError(f"{file}: another model of the name {label} has another depth: rename a folder")
             curves = all_signatures(model, rows, block, path)
-            models.append({"file": file, "name": f"{name} {suffix}".strip(), "seed": seed, "path": path,
+            models.append({"file": file, "name": label, "seed": seed, "path": path,
                            "block": block, "curves": curves})
             if len(args.models) <= 4:           # of more, only the numbers
                 print(f"\n{file}: depth {len(path)}, {len(rows)} rows of text")

@@ -261,7 +261,7 @@ SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
 OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
 DEPTH = ("method", "layers", "block", "alpha")
 CONFLICTS = {   # options that another option decides already
-    "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads", "encoding")}
+    "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
 
 
 def make_parser():
@@ -311,7 +311,7 @@ def read_args():
     """-> args, and the model and checkpoint that the run starts from, or None, None."""
     args, given = read_options(make_parser(), CONFLICTS)
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method or "lidas"
-    args.out = args.out or os.path.join("out", kind)
+    args.out = os.path.normpath(args.out or os.path.join("out", kind))
     if args.resume:                             # a run that goes on has its own arguments
         return resumed(args, given)
     args.device = pick_device(args.device or "auto")
@@ -328,6 +328,8 @@ def resumed(args, given):
         runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(args.out)), "*", "ckpt.pt")))
         raise ValueError(f"there is no run in {args.out}; runs: {', '.join(map(os.path.dirname, runs)) or 'none'}")
     model, checkpoint = load_checkpoint(latest)
+    if "optimizers" not in checkpoint:
+        raise ValueError(f"{latest} is a model, not a run: train it on with --init")
     saved = checkpoint["args"]
     for name in given - OF_THE_MACHINE:
         if getattr(args, name) != saved[name]:
@@ -354,19 +356,27 @@ def complete_args(args, given, model, checkpoint):
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
         # a model of grow.py or of Hugging Face begins at step 0, a run's checkpoint goes on
         if "optimizers" in checkpoint:          # its steps are counted on
-            defaults |= checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"],
-                                              "start_flops": checkpoint["log"][-1]["flops"]}
+            defaults |= {"plain_layers": checkpoint["args"]["layers"]} | checkpoint["args"] | {
+                "warmup": 0, "start": checkpoint["step"], "start_flops": checkpoint["log"][-1]["flops"]}
         defaults |= {"method": "init", "layers": len(model.config.resolve_path())}
+        if "encoding" in given and checkpoint["tokenizer"]:
+            raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.kv_heads = args.kv_heads or args.heads
+    # FLOPs are shown as a share of a plain model's: of the first run's depth, where --init goes on with a run
+    args.plain_layers = getattr(args, "plain_layers", args.layers)
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.method == "baseline" and given.intersection(("block", "alpha")):
         raise ValueError("--block and --alpha go with a --method that grows")
     if "math_share" in given and args.data and not args.math:
         raise ValueError("--math-share needs --math FILE, where the math is taken from")
+    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
+        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
+    if args.field and not args.data:
+        raise ValueError("--field is of the lines of --data")
 
 
 def check(args):
@@ -379,8 +389,6 @@ def check(args):
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if constant_steps(args) < 1 and not args.init:
         raise ValueError("--steps less the cooldown must leave a step")
-    if args.math and constant_steps(args) == args.steps:
-        raise ValueError("--math is for the cooldown: give a --cooldown above 0")
     growth_plan(args)                                       # whole blocks, and steps for each stage
     if not args.init:
         model_config(args, n_vocab=1, eot=0)                # heads that fit the width
@@ -412,18 +420,20 @@ def shown(row):
 class Run:
     """What a run prints, keeps and saves; on the first process only, where there are several."""
 
-    def __init__(self, args, log, tokenizer, heldout, kept):
-        self.args, self.log, self.tokenizer, self.heldout, self.kept = args, log, tokenizer, heldout, kept
+    def __init__(self, args, config, log, tokenizer, heldout, kept):
+        self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
         self.since = None                               # (step, time) of the last report
+        # training FLOPs of a plain model that takes all these steps: of it, the log has shares
+        self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
+        self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
 
     def report(self, model, step, loss=None):
         """One line and one row of the log. loss: mean training loss since the last one. Raises ValueError when
         training has gone wrong."""
         args, config, speed = self.args, model.config, ""
         flops, depth = flops_until(args, config, step), len(config.resolve_path())
-        plain = training_flops(config, args.steps * args.batch, args.context, args.layers)
         row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
-               "lr": learning_rate(args, step), "flops": flops, "flops_share": flops / plain}
+               "lr": learning_rate(args, step), "flops": flops, "flops_share": flops / self.plain}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         if self.since and step > self.since[0]:
@@ -431,7 +441,7 @@ class Run:
             row["tokens_per_second"] = (step - self.since[0]) * args.batch * args.context / seconds
             speed = f"  {row['tokens_per_second'] / 1e3:.1f}k tok/s"
         tqdm.write(f"step {step:>6}/{args.steps}  " + (f"loss {loss:.4f}  " if loss else "") + shown(row) + speed
-                   + f"  depth {depth}  FLOPs {flops / plain:.0%}")
+                   + f"  depth {depth}  FLOPs {flops / self.plain:.0%}")
         self.log.append(row)
         self.since = (step, time.perf_counter())
 
@@ -464,11 +474,12 @@ def own_folder(folder, resume):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process trains in {folder} right now")
-    if not resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-    if not resume:
-        for tokens in glob.glob(os.path.join(glob.escape(folder), "*.tokens")):
-            os.remove(tokens)           # of a run that ended before its first checkpoint, perhaps on other data
+    for name in ("ckpt.pt", "stable.pt", "general.tokens", "math.tokens") if not resume else []:
+        kept = os.path.join(folder, name)
+        if os.path.exists(kept) and name.endswith(".pt"):
+            raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+        if os.path.exists(kept):
+            os.remove(kept)             # of a run that ended before its first checkpoint, perhaps on other data
     return file
 
 
@@ -495,7 +506,9 @@ def main():
     rank, world_size = set_up_processes(args)
     torch.set_float32_matmul_precision("high")
     # ---- the data
-    spec = checkpoint["tokenizer"] if checkpoint else args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+    spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+    if checkpoint:
+        spec = checkpoint["tokenizer"] or args.encoding
     tokenizer = get_tokenizer(spec)
     lock = own_folder(args.out, args.resume) if rank == 0 else None
     if rank > 0:
@@ -511,8 +524,9 @@ def main():
         # the moments are the run's, the settings those of this command
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     is_run = "optimizers" in (checkpoint or {})
-    log = checkpoint["log"] if is_run else []
-    run = Run(args, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
+    # the line of the step from which --init goes on comes anew
+    log = [row for row in checkpoint["log"] if args.resume or row["step"] < args.start] if is_run else []
+    run = Run(args, model.config, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
     if args.resume and data != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     if rank == 0:

@@ -256,6 +256,8 @@ def test_a_question_that_the_model_goes_on_to_ask_is_not_scored(tokenizer, monke
     monkeypatch.setattr(E, "complete", lambda *_: " 3 + 4 = 7\nQuestion: 4 + 5 ?\nAnswer: 9")
     pairs = [("Question: 3 + 4 ?\nAnswer:", " 7"), ("Question: 3 + 4 ?\nAnswer:", " 9")]
     assert E.answer_questions(tiny_model(), tokenizer, pairs, 20).tolist() == [True, False]
+    long = ("Question: " + "3 + " * 30 + "4 ?\nAnswer:", " 94")         # does not fit, and was counted as wrong
+    assert E.answer_questions(tiny_model(), tokenizer, [*pairs, long], 20).tolist() == [True, False]
 
 # -----------------------------------------------------------------------------
 # rows, tables, the command
@@ -296,6 +298,10 @@ def test_the_command(trained, tmp_path):
     data = written(tmp_path / "a.txt", "Mia lives in Dover . " * 99)
     assert "a.txt" in works(*common, "--tasks", "--data", data).stdout
     assert json.loads(works(*common, "--tasks", "--data", data, "--json").stdout.splitlines()[-1])["column"] == "a.txt"
+    printed = works(*common, "--tasks", "hops-6", "hops-0", "-n", 200).stdout         # 128 tokens do not hold them
+    assert "hops-6 is longer than the context of 128: left out" in printed and "hops-0" in printed
+    refused("no file", "evaluate.py", model, "none.pt", "--results", tmp_path / "more.jsonl")
+    assert not (tmp_path / "more.jsonl").exists()               # noticed before the first model was measured
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable
     shutil.copytree(trained, tmp_path / "lidas")        # two models of one name and seed were once one line
@@ -317,6 +323,8 @@ def test_curves_of_seeds_with_different_logs_are_drawn_where_they_meet(tmp_path)
              "flops_share": 0.1 * step} for seed, steps in ((0, (0, 1, 2)), (1, (0, 1, 1, 2, 3))) for step in steps]
     file = written(tmp_path / "rows.jsonl", jsonl(*rows))
     works("evaluate.py", "--table", file, "--plot", tmp_path / "growth.png")
+    losses = written(tmp_path / "losses.jsonl", jsonl(*({**row, "column": "loss general"} for row in rows)))
+    refused("accuracy by hops", "evaluate.py", "--table", losses, "--plot", tmp_path / "empty.png")
     refused("does not go with --plot", "evaluate.py", "--table", file, "--plot", tmp_path / "b.png", "--json")
 
 

@@ -24,7 +24,7 @@ def test_paths_as_they_are_written():
     assert parse_loop("4x6") == (4, [0, 1, 2, 3] * 6) and parse_loop("1-1x1-1") == (3, [0, 1, 2])
     assert len(parse_loop("4-4x4-4")[1]) == 24
     assert loop_of(parse_loop("2-2x3-2")[1]) == (2, 2) and loop_of(parse_loop("4x6")[1]) == (0, 4)
-    assert loop_of([0, 1, 2]) is None and loop_of([0, 1, 1, 2]) == (1, 1)
+    assert loop_of([0, 1, 3, 2, 3]) is None and loop_of([0, 1, 2]) is None and loop_of([0, 1, 1, 2]) == (1, 1)
     assert parse_path("0-3,2-5, 6") == [0, 1, 2, 3, 2, 3, 4, 5, 6] and parse_path("3,1,1") == [3, 1, 1]
     for text in ("", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1", "2.5x2", "2x-1"):
         with pytest.raises(ValueError):

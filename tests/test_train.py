@@ -11,7 +11,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, refused, same, script, some_tokens, tiny_model, works, written
+from conftest import ROOT, TINY_RUN, optional, refused, same, script, some_tokens, tiny_model, works, written
 
 import evaluate
 import train
@@ -289,6 +289,36 @@ def test_a_growth_step_leaves_a_checkpoint_that_is_whole(tmp_path):
     assert "flops" in works("evaluate.py", tmp_path / "at_growth.pt", "--tasks").stdout
 
 
+def test_the_share_of_flops_goes_on_along_a_branch(trained, tmp_path):
+    """The run's own lines and the branch's had two denominators, and the step of the branch stood there twice."""
+    for name, options in (("longer", ["--init", trained / "ckpt.pt", "--steps", 40]),
+                          ("loop", ["--init", trained / "stable.pt", "--loop", "2-2x2-2"])):
+        works("train.py", *options, "--device", "cpu", "--out", tmp_path / name)
+        rows = [row for row in run_of(tmp_path / name)["log"] if "growth" not in row]
+        shares, steps = [row["flops_share"] for row in rows], [row["step"] for row in rows]
+        assert shares == sorted(shares) and len(set(steps)) == len(steps)
+    assert shares[-1] > run_of(trained)["log"][-1]["flops_share"]       # the loop costs more than the run itself
+
+
+def test_a_folder_that_holds_something_else(trained, tmp_path):
+    """A stable.pt was overwritten, a grown model ended --resume in a traceback."""
+    folder = tmp_path / "z"
+    works("grow.py", trained / "ckpt.pt", "--out", folder / "ckpt.pt")
+    refused("--init", "train.py", "--resume", "--out", folder)
+    os.rename(folder / "ckpt.pt", folder / "stable.pt")
+    written(folder / "notes.tokens", "mine")
+    refused("holds a run", "train.py", *TINY_RUN, "--out", folder)
+    assert (folder / "notes.tokens").exists()
+
+
+def test_a_directory_without_a_tokenizer_takes_one_by_name(on_text, tmp_path):
+    optional("transformers")
+    works("grow.py", "run/ckpt.pt", "--out", "hf")
+    command = ["train.py", "--init", "hf", "--data", "text.jsonl", "--field", "body", "--steps", 2, "--device", "cpu"]
+    refused("--encoding", *command, "--out", "on")
+    works(*command, "--encoding", "gpt2", "--out", "on2")
+
+
 def test_math_that_comes_with_a_branch_is_read(on_text, tmp_path):
     """A run without math had stored a share of 0, which the branch took over in silence."""
     command = ["train.py", *TINY_RUN, "--data", "text.jsonl", "--field", "body"]
@@ -424,7 +454,8 @@ BAD = {     # options: what is said
     "--method midway": "invalid choice", "--method looped": "invalid choice", "--block 4": "blocks of 4",
     "--encoding gtp2 --data {text}": "no encoding", "--encoding profiles": "no encoding", "--steps 2": "too few",
     "--loop 1-2x2-1": "--loop", "--path 0-3": "--path", "--width 63": "heads",
-    "--math {text} --data {text} --cooldown 0": "--cooldown",
+    "--math {text} --data {text} --cooldown 0": "--cooldown", "--math-share 0.5 --cooldown 0": "--cooldown",
+    "--field body": "--data", "--data {text} --data {text}": "twice",
     "--lr fast": "invalid float", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "--steps", "--batch 0": "positive_int", "--seed -1": "--seed",
     "--data {text} --math-share 0.5": "--math-share", "--math {none}": "no file", "--device gpu": "no device",
