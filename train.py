@@ -281,7 +281,8 @@ def make_parser():
     # the schedule
     parser.add_argument("--steps", type=positive_int, help="all of them (default: 4000; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
-    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; 8)")
+    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; with "
+                                                           "--init of no run: 8)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init of no run: 0.0001)")
     parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
