@@ -15,6 +15,7 @@ training text never has.
 """
 import argparse
 import copy
+import functools
 import gzip
 import itertools
 import json
@@ -421,6 +422,7 @@ class TooLong(ValueError):
     """A task's questions do not fit the context."""
 
 
+@functools.lru_cache        # a log line or another path asks the same questions again
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
     """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
     longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
@@ -660,7 +662,6 @@ def print_tables(rows):
     """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
     are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
     standard error of its examples."""
-    check_names(rows)
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
         for row in (row for row in rows if row["table"] == table):

@@ -396,7 +396,7 @@ def llama_settings(config, depth):
 # -----------------------------------------------------------------------------
 # opening and saving: tokenizers, checkpoints, and what every script does at its start
 
-@dataclass
+@dataclass(frozen=True)
 class Tokenizer:
     encode: Callable        # text -> list of token ids; names of special tokens mean those tokens
     decode: Callable        # list of token ids -> text

@@ -17,7 +17,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from evaluate import append_rows, load_labelled, print_tables, rows_of
+from evaluate import append_rows, check_names, load_labelled, print_tables, rows_of
 from loop import add_path_options, loop_of, paths_of
 from model import check_outputs, estimate_loss, optional, pick_device, positive_int, run_script, save_figure
 
@@ -335,6 +335,7 @@ def main():
                 print(f"\n{file}: depth {len(path)}, {len(rows)} rows of text")
                 bars(path, curves, ["update", "cos_attention", "skip_output", "skip_later"])
     rows = rows_of_models(models)
+    check_names(rows)
     print_tables(rows)
     if args.results:
         append_rows(args.results, rows)

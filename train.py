@@ -464,7 +464,7 @@ class Run:
 def own_folder(folder, resume):
     """One run owns its folder: an OS lock, which ends with the process. -> the open file"""
     os.makedirs(folder, exist_ok=True)
-    # a lock of the system, not the file's existence: a killed run leaves none behind
+    # a lock of the system, not the file's existence: it ends with the process, also when that is killed
     file = open(os.path.join(folder, "lock"), "w")
     try:
         if os.name == "nt":
@@ -521,12 +521,13 @@ def main():
     model = (model or build_model(args, tokenizer)).to(args.device)
     model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
     optimizers = make_optimizers(model, args)
-    for optimizer, state in zip(optimizers, (checkpoint or {}).get("optimizers", [])):
-        # the moments are the run's, the settings those of this command
-        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    is_run = "optimizers" in (checkpoint or {})
-    # the line of the step from which --init goes on comes anew
-    log = [row for row in checkpoint["log"] if args.resume or row["step"] < args.start] if is_run else []
+    log = []
+    if checkpoint and "optimizers" in checkpoint:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            # the moments are the run's, the settings those of this command
+            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+        # the line of the step from which --init goes on comes anew
+        log = [row for row in checkpoint["log"] if args.resume or row["step"] < args.start]
     run = Run(args, model.config, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
     if args.resume and data != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same, some_tokens, tiny_model
+from conftest import some_tokens, tiny_model
 
 from evaluate import PIECES
 from model import (GPT, GPTConfig, Tokenizer, complete, estimate_loss, get_tokenizer, load_checkpoint,
