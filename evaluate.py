@@ -1,5 +1,5 @@
 """
-Reasoning tasks, on a small world that is also the built-in training text.
+The built-in world: reasoning tasks, and the training text made of them. And the scoring of any model.
 
     python evaluate.py out/*/ckpt.pt                    # one table, mean +- std over seeds: a minute a model
     python evaluate.py out/*/ckpt.pt --tasks hops-3 --loop 3-2x1-3 3-2x2-3 3-2x3-3      # along loops (claims 2 and 4)
@@ -7,6 +7,7 @@ Reasoning tasks, on a small world that is also the built-in training text.
     python evaluate.py out/*/ckpt.pt --tasks hops-4 --finetune 16 64 256    # fine-tuning curve (claim 3)
     python evaluate.py MODEL --questions test.jsonl --shots 2       # questions and answers of your own
     python evaluate.py out/*/ckpt.pt --curves --plot growth.png     # the log of the runs: hops against training FLOPs
+    python evaluate.py --table assets/results.jsonl --only tasks --compare lidas baseline   # a difference, its interval
 
 A *family* makes puzzles: a body and questions on it. Training text asks all of them, a task asks one. Each family's
 docstring begins with a puzzle; `/` is a line break, and the answer stands after `|`, which is not a token. Copying,
@@ -70,30 +71,31 @@ value Answer very short Python program Use the to resolve variable question Prog
 # families: random.Random, options -> body, [(question, answer), ...]
 
 def lookups(rng, hops=1):
-    """o= 14 / s= 4 / k= o / k=| 14 / o| 14     each name is asked three times, a quarter of the time bare
+    """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its =
 
-    Half of the documents are plain. In the others each further name is assigned to an earlier one, at most `hops`
-    assignments away from a number.
+    Half of the documents are plain: numbers only. In the others each further name is assigned to an earlier one, at
+    most `hops` assignments away from a number.
     """
     plain = rng.random() < 0.5
     n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
     # 1. numbers for the first names, names of earlier ones for the others
     names = rng.sample(NAMES, n + further)
     value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
-    depth, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
+    distance, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
     for name in names[n:]:
-        source = rng.choice([other for other in depth if depth[other] < hops])
-        value[name], depth[name] = value[source], depth[source] + 1
+        source = rng.choice([other for other in distance if distance[other] < hops])
+        value[name], distance[name] = value[source], distance[source] + 1
         body.append(f"{name}={source}")
     # 2. each name three times, in three orders
-    asked = [name for _ in range(3) for name in rng.sample(names, len(names))]
-    return ("\n".join(body) + "\n",
-            [(name, f" {value[name]}") if rng.random() < 0.25 else (f"{name}=", value[name]) for name in asked])
+    asked, questions = [name for _ in range(3) for name in rng.sample(names, len(names))], []
+    for name in asked:
+        bare = rng.random() < 0.25
+        questions.append((name, f" {value[name]}") if bare else (f"{name}=", value[name]))
+    return "\n".join(body) + "\n", questions
 
 
 def lists(rng):
-    """cup 7 zor k key / 7 zor k| key      pieces of a list of any words, said again"""
-    # any words, so that copying is learned as such
+    """cup 7 zor k key / 7 zor k| key      pieces of a list again: of any words, so that copying is learned as such"""
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
         start = rng.randrange(len(words) - 2)
@@ -123,7 +125,7 @@ def portrait(rng):
     """Mia lives in Dover . The pet of Mia is a goat .     facts about a person, which never change"""
     person = rng.choice(PEOPLE)
     facts = [rng.choice(FACTS[kind][:2]).format(person, TRUTH[person][kind]) for kind in FACTS]
-    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]
+    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]       # no question is asked: an empty one
 
 
 def closed_book(rng):
@@ -174,7 +176,7 @@ WORDINGS = {    # of one puzzle: header, question, what stands before the answer
 
 
 def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
-    """o= 14 / s= 4 / k= s / b= o / k=| 4     five chains side by side, each level a permutation of the last
+    """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last
 
     So every value is right equally often: no shortcut beats a guess. The primitive "variable assignment" is the same
     puzzle in a published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
@@ -232,7 +234,9 @@ SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 STREAMS = {     # weights of the documents
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
     "math": {lookups: 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
-TASKS = {   # name: family, options, chance: the accuracy of guessing among the possible answers
+# chance: of a guess among the possible answers (of preschool, 17 for each pair of signs), or, of word problems, of the
+# most frequent answer
+TASKS = {   # name: family, options, chance
     **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
     "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
@@ -258,8 +262,9 @@ def puzzle(family, options, rng, heldout):
 
 
 def document(rng, stream, heldout=False):
-    """One document: a puzzle with all its questions. One time in ten it is dressed: random words of FORMAT
-    stand before it and around its questions, the same in two to four puzzles of a family in a row."""
+    """One document: a puzzle with all its questions. One time in ten it has a random format: two to four puzzles of a
+    family in a row, with the same random words of FORMAT before each and around its questions. So the words of the
+    published formats are known, but not their order."""
     family, = rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))    # by weight
     options = {"hops": 3} if family is lookups and stream == "math" else {}
     if family is portrait or rng.random() < 9 / 10:
@@ -275,16 +280,15 @@ def document(rng, stream, heldout=False):
 
 
 def example(task, rng, shots=0, heldout=True):
-    """-> prompt, answer. Before the question stand `shots` worked examples of the training half, an empty line after
-    each. Of a rule they are other lines of the same rule."""
+    """-> prompt, answer. Before the question stand `shots` worked examples that are not held out, an empty line after
+    each. Of a rule they are earlier lines of the same puzzle."""
     family, options, _ = TASKS[task]
     if family is rule:
         body, [*before, (question, answer)] = puzzle(rule, {"lines": shots + 1}, rng, heldout)
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
     body, questions = puzzle(family, options, rng, heldout)
     question, answer = rng.choice(questions)
-    # worked examples are puzzles of the same task, from the training half
-    rng = random.Random(rng.random())       # of its own: the questions are the same at every number of shots
+    rng = random.Random(rng.random())       # another generator: the next question is the same at any number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + body + question, answer
 
@@ -426,18 +430,18 @@ class TooLong(ValueError):
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
     """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
     longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
-    for shots in range(shots, -1, -1):
+    for fitting in range(shots, -1, -1):
         examples = {}
         for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
             name = f"{seed} {task} {i}"
             question, _ = example(task, random.Random(name))
             if question not in examples:
-                examples[question] = encode_example(tokenizer, *example(task, random.Random(name), shots))
+                examples[question] = encode_example(tokenizer, *example(task, random.Random(name), fitting))
             if len(examples) == n:
                 break
         examples = list(examples.values())
         if max(len(prompt) + len(answer) for prompt, answer in examples) <= context:
-            return examples, shots
+            return examples, fitting
     raise TooLong(f"a question of {task} is longer than the context of {context}")
 
 
@@ -482,7 +486,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, se
     the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
     tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
-    # examples are of the training half, tests are held out
+    # fine-tuning examples are not held out, tests are
     tests, _ = encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)
     tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
@@ -570,42 +574,56 @@ def examples_of(args, checkpoint, context):
 def measure(args, model, checkpoint):
     """All that was asked for, of one model, one after another -> table, suffix of its line, column, score, such as
     "along paths", " 3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
-    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions or args.data else None
     paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
     if args.curves:
-        yield from curves(checkpoint.get("log", []))
-    elif args.finetune:
-        for task, n_train in itertools.product(args.tasks, args.finetune):
-            draws = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + i) for i in range(3)]
-            yield (f"{task}: accuracy by number of fine-tuning examples", "", str(n_train),
-                   {"value": statistics.mean(draws), "se": statistics.stdev(draws) / len(draws) ** 0.5, "n": args.n,
-                    "chance": TASKS[task][2]})
-    elif args.questions:
-        for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
-            questions = read_questions(args.questions, args.n, shots, skip=max(args.shots or [0]))
-            right = answer_questions(model, tokenizer, questions, args.length, path)
-            if len(right):
-                yield (f"{os.path.basename(args.questions)}: right answers by shots", suffix, str(shots),
-                       proportion(right))
-    else:
-        table = "along paths" if len(paths) > 1 else "tasks"
-        if not args.shots:
-            yield from costs_and_losses(args, model, checkpoint, table, paths)
-        for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
-            try:
-                score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-            except TooLong as error:
-                tqdm.write(f"{error}: left out")
-                continue
-            if shots is None:
-                yield table, suffix, task, score
-            elif score["shots"] == shots:       # else so many do not fit the context
-                yield f"{task}: accuracy by number of shots", suffix, str(shots), score
+        return curves(checkpoint)
+    if args.finetune:
+        return fine_tuning_curve(args, model, checkpoint)
+    return question_scores(args, model, checkpoint, paths) if args.questions else scores(args, model, checkpoint, paths)
 
 
-def curves(log):
+def scores(args, model, checkpoint, paths):
+    """Losses and accuracies along each path, or accuracies by the number of shots."""
+    table = "along paths" if len(paths) > 1 else "tasks"
+    if not args.shots:
+        yield from costs_and_losses(args, model, checkpoint, table, paths)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks else None
+    for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
+        try:
+            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
+        except TooLong as error:
+            tqdm.write(f"{error}: left out")
+            continue
+        if shots is None:
+            yield table, suffix, task, score
+        elif score["shots"] == shots:       # else so many do not fit the context
+            yield f"{task}: accuracy by number of shots", suffix, str(shots), score
+
+
+def question_scores(args, model, checkpoint, paths):
+    """Right answers to a file of questions, by the number of shots and along each path."""
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    table = f"{os.path.basename(args.questions)}: right answers by shots"
+    for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
+        questions = read_questions(args.questions, args.n, shots, skip=max(args.shots or [0]))
+        right = answer_questions(model, tokenizer, questions, args.length, path)
+        if len(right):
+            yield table, suffix, str(shots), proportion(right)
+
+
+def fine_tuning_curve(args, model, checkpoint, draws=3):
+    """Accuracy by the number of examples, the mean over some draws of them."""
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    for task, n_train in itertools.product(args.tasks, args.finetune):
+        tuned = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + draw) for draw in range(draws)]
+        yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), {
+            "value": statistics.mean(tuned), "se": statistics.stdev(tuned) / draws ** 0.5, "n": args.n,
+            "chance": TASKS[task][2]}
+
+
+def curves(checkpoint):
     """What the log of a run has at each step, but for the lines just after growth."""
-    for row in log:
+    for row in checkpoint.get("log", []):
         for column in row:
             if column.startswith(("hops-", "loss ")) and "growth" not in row:
                 yield "training", f" step {row['step']}", column, {
@@ -658,20 +676,27 @@ def plot_curves(file, rows, n_hops=5):
     save_figure(file, figure)
 
 
+def tables_of(rows):
+    """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. A line is a model, or a
+    model along a path; what is measured again counts once."""
+    for table in dict.fromkeys(row["table"] for row in rows):
+        cells = {}
+        for row in (row for row in rows if row["table"] == table):
+            cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})[row["seed"]] = row
+        yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
+
+
 def print_tables(rows):
     """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
     are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
-    standard error of its examples."""
-    for table in dict.fromkeys(row["table"] for row in rows):
-        cells = {}      # {(line, column): {seed: row}}: what is measured again counts once
-        for row in (row for row in rows if row["table"] == table):
-            cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})[row["seed"]] = row
-        names, columns = (list(dict.fromkeys(x)) for x in zip(*cells))
+    standard error of its examples; where it has fewer seeds than its line, their number follows."""
+    for table, cells, names, columns in tables_of(rows):
         # 1. a line per model
         lines = [["", "seeds", *columns]]
         for name in names:
             found = [cells.get((name, column), {}) for column in columns]
-            lines.append([name, str(len(set().union(*found))), *(cell(list(seeds.values())) for seeds in found)])
+            seeds = len(set().union(*found))
+            lines.append([name, str(seeds), *(cell(list(by_seed.values()), seeds) for by_seed in found)])
         # 2. what the scores of a column share, as 20 or as 2-5
         for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
             found = [{round(scale * row[key]) for name in names for row in cells.get((name, column), {}).values()
@@ -679,12 +704,42 @@ def print_tables(rows):
             if any(found):
                 lines.append([key, "", *("-".join(map(str, sorted({min(x), max(x)}))) if x else "" for x in found)])
         # 3. the longer side goes down
-        lines = [*zip(*lines)] if len(columns) > 8 else lines
-        first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
-        print(f"\n{table}")
-        for name, *texts in lines:
-            line = f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))
-            print(line.rstrip())
+        print_lines(table, [*zip(*lines)] if len(columns) > 8 else lines)
+
+
+def print_lines(title, lines):
+    """A title, and lines of texts in columns."""
+    first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
+    print(f"\n{title}")
+    for name, *texts in lines:
+        line = f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))
+        print(line.rstrip())
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
+
+
+def print_differences(rows, names):
+    """Of two lines of the tables, the first less the second; of four, (first - second) - (third - fourth). Paired by
+    seed: the mean over the seeds that all have, and its 95% interval by Student's t."""
+    for table, cells, _, columns in tables_of(rows):
+        lines = [["", "seeds", "difference", "95% interval"]]
+        for column in columns:
+            found = [cells.get((name, column), {}) for name in names]
+            differences = []
+            for seed in set.intersection(*map(set, found)):
+                values = [by_seed[seed]["value"] for by_seed in found]
+                differences.append(values[0] - values[1] - (values[2] - values[3] if len(names) == 4 else 0))
+            if len(differences) < 2:
+                continue
+            scale, digits = scale_of(next(iter(found[0].values())))
+            mean, n = statistics.mean(differences), len(differences)
+            half = STUDENT[min(n - 2, 8)] * statistics.stdev(differences) / n ** 0.5
+            low, high = (f"{scale * x:.{digits}f}" for x in (mean - half, mean + half))
+            lines.append([column, str(n), f"{scale * mean:+.{digits}f}", f"{low} to {high}"])
+        if len(lines) > 1:
+            print_lines(f"{table}: {' - '.join(names) if len(names) == 2 else '({} - {}) - ({} - {})'.format(*names)}",
+                        lines)
 
 
 def check_names(rows):
@@ -695,20 +750,25 @@ def check_names(rows):
             raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
 
 
-def cell(rows):
-    """A cell's text. rows: of one column, one a seed."""
+def scale_of(row):
+    """-> scale and digits: FLOPs are a share of a plain model's, what is counted in n examples is a percentage."""
+    return (100, 0) if row["column"] == "flops" else (100, 1) if "n" in row else (1, 3)
+
+
+def cell(rows, seeds):
+    """A cell's text. rows: of one column, one per seed; seeds: how many its line has."""
     if not rows:
         return "-"
     values = [row["value"] for row in rows]
     mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
-    # FLOPs are a share of a plain model's; what is counted in n examples is a percentage
-    scale, digits = (100, 0) if rows[0]["column"] == "flops" else (100, 1) if "n" in rows[0] else (1, 3)
-    return f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
+    scale, digits = scale_of(rows[0])
+    return (f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
+            + (f" ({len(rows)})" if len(rows) < seeds else ""))
 
 # -----------------------------------------------------------------------------
 
 def label_of(name, checkpoint):
-    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name less the seed at its
+    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name without the seed at its
     end, so that runs that differ in the seed share a line."""
     seed = checkpoint.get("args", {}).get("seed", 0)
     folder, file = os.path.split(os.path.abspath(name))
@@ -745,7 +805,9 @@ def make_parser():
     # where it goes
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
-    parser.add_argument("--only", default="", help="--table: only the tables whose name contains this")
+    parser.add_argument("--only", default="", help="--table: only what has this in \"table: model\"")
+    parser.add_argument("--compare", nargs="+", metavar="LINE", help="two lines of the tables: their difference, or "
+                                                                     "four: (1 - 2) - (3 - 4); with 95%% intervals")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -759,12 +821,15 @@ def main():
     args, _ = read_options(parser, {
         "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
         "finetune": (*along, "data", "shots", "curves"), "curves": (*along, "tasks", "data", "shots", "n", "seed"),
-        "table": (*along, *kinds, "shots", "n", "results", "seed", "device"), "plot": ("json",)},
+        "table": (*along, *kinds, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare"),
+        "compare": ("json",)},
         requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
     if args.plot and not (args.curves or args.table):
         raise ValueError("--plot goes with --curves, or with their rows in --table")
+    if args.compare and len(args.compare) not in (2, 4):
+        raise ValueError("--compare takes two lines, or four")
     if min(args.shots or [0]) < 0:
         raise ValueError("--shots are 0 or more")
     check_outputs([], [args.results], args.plot)
@@ -780,7 +845,7 @@ def main():
                          **score})
             if args.results:
                 append_rows(args.results, rows[-1:])
-    rows = [row for row in rows if args.only in row["table"]]
+    rows = [row for row in rows if args.only in f"{row['table']}: {row['model']}"]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     check_names(rows)
@@ -791,6 +856,8 @@ def main():
         plot_curves(args.plot, rows)
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
+    elif args.compare:
+        print_differences(rows, args.compare)
     else:
         print_tables(rows)
 

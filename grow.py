@@ -1,14 +1,15 @@
 """
 Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice.
 The grown model has weights of its own for every visit, and computes at that moment exactly what the smaller one
-computes along the path.
+computes along the path. That is not what the smaller one computes without the loop: the loss jumps, and comes back
+within some hundred steps. Four layers in blocks of two, the copy between bars:
 
-    gradual stacking   the last block once more, on top                            0 1 2 3 4 5 | 4 5
-    MIDAS              the middle block of layers once more (arXiv 2409.19044)     0 1 2 3 | 2 3 | 4 5
-    LIDAS              the layer-wise middle once more (arXiv 2512.08819)          0 1 2 3 | 2 3 | 4 5
+    gradual stacking   the last block, on top                      0 1 2 3 | 2 3 |
+    MIDAS              the middle block (arXiv 2409.19044)         0 1 | 0 1 | 2 3
+    LIDAS              the middle layers (arXiv 2512.08819)        0 1 2 | 1 2 | 3
 
-With an odd number of blocks MIDAS and LIDAS agree. With an even one LIDAS takes the last half of the block before
-the middle and the first half of the one after it: of 8 layers in blocks of 4, MIDAS copies 0-3 and LIDAS 2-5.
+With an odd number of blocks MIDAS and LIDAS agree. With an even one MIDAS takes the block before the middle, LIDAS the
+last half of it and the first half of the one after.
 
     python grow.py out/lidas/ckpt.pt --method lidas --block 2 --out deeper.pt
     python grow.py HuggingFaceTB/SmolLM2-135M --path 0-23,6-29 --out deeper --dtype bfloat16    # for Hugging Face
@@ -37,7 +38,7 @@ def check_blocks(n_layer, block):
 def stack(n_layer, block):
     """Gradual stacking: the last block once more, on top. Raises ValueError unless block divides n_layer."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, n_layer - block, block, 1)    # one extra visit of the last block
+    return loop_path(n_layer, n_layer - block, block, 1)
 
 
 def midas(n_layer, block):
@@ -65,31 +66,32 @@ def grow(model, path=None):
     layer path[v], and no storage is shared.
 
     At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit (with dropout: in eval mode).
-    Raises ValueError for a path that is empty or visits a layer that does not exist. Give it the bare model, not DDP
-    around it.
+    Give it the bare model, not DDP around it; compile and wrap what it returns (train.prepare). Raises ValueError for a
+    path that is empty or visits a layer that does not exist.
     """
     path = model.config.resolve_path(path)
-    grown = copy.deepcopy(model)
+    grown = copy.deepcopy(model)        # with the embedding and a head that is tied to it
     grown.layers = nn.ModuleList(copy.deepcopy(model.layers[index]) for index in path)
     grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)
     return grown
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
-    """Gives the grown model's optimizer the moments and step counts of the smaller model's, along the path.
+    """Gives the grown model's optimizer the moments and step counts of the smaller model's, along the path of grow.
 
-    new_optimizer: a fresh torch optimizer over the grown model's parameters, in any groups; both may be lists of
-    several (train.py has Muon beside AdamW), where each parameter stays with its kind. The papers do not say what
-    happens to the moments. Here they follow the path like the weights, so that the first step after growth is scaled
-    as those before it. Learning rates and schedulers are not carried: set the rate in every step. Raises
-    ValueError unless each holds exactly its model's parameters. A copy for another model needs its own GPT.along.
+    optimizer: of `model`; new_optimizer: a fresh one over the parameters of `grown`, in any groups. Each may be a list
+    (train.py has Muon beside AdamW), if a parameter and its copies are of one kind. The papers do not say what happens
+    to the moments. Here they follow the path as the weights do, so that the first step after growth is scaled as those
+    before it. Learning rates and schedulers are not copied: set the rate in every step. -> new_optimizer. Raises
+    ValueError unless each holds exactly its model's parameters. Another model needs a parameter_sources of its own.
     """
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
-    old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
+    old = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    new = [new_optimizer] if isinstance(new_optimizer, torch.optim.Optimizer) else new_optimizer
     check_optimizer(old, model)
     check_optimizer(new, grown)
-    targets, sources = dict(grown.named_parameters()), model.along(path)
-    assert sources.keys() == targets.keys(), "model.along does not name the grown model's parameters"
+    targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
+    assert sources.keys() == targets.keys(), "parameter_sources does not name the grown model's parameters"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
     state = {p: moments for part in old for p, moments in part.state.items()}
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
@@ -117,7 +119,8 @@ def growth_steps(total, stages, alpha=0.0):
     is equal stages. -> list of `stages` ints that sum to `total`. Raises ValueError when a stage would get none."""
     if stages < 1 or total < 1 or alpha < 0:
         raise ValueError(f"expected a stage and a step or more, and alpha 0 or more, not {stages}, {total}, {alpha}")
-    weight = [(i / stages) ** alpha for i in range(1, stages + 1)]  # 1, 1, 1 ... for alpha 0
+    # i / stages in place of i: the shares are the same, and a large alpha does not overflow
+    weight = [(i / stages) ** alpha for i in range(1, stages + 1)]
     # rounded as ends, so that the sum is exact
     ends = [round(total * sum(weight[:i]) / sum(weight)) for i in range(stages + 1)]
     steps = [end - start for start, end in zip(ends, ends[1:])]
@@ -127,8 +130,9 @@ def growth_steps(total, stages, alpha=0.0):
 
 
 def depth_schedule(total, depth, block, alpha=0.0):
-    """Growth from one block to `depth` layers within `total` steps, those before the cooldown -> [(first step, depth),
-    ...], one a stage. Grow after the update of the step before a first step."""
+    """When to grow from one block to `depth` layers; total: the steps before the cooldown -> [(first step, depth), ...]
+    of each stage: depth_schedule(3200, 8, 2) -> [(0, 2), (800, 4), (1600, 6), (2400, 8)], where the model grows after
+    the update of step 799."""
     check_blocks(depth, block)
     steps = growth_steps(total, depth // block, alpha)
     return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]

@@ -1,7 +1,7 @@
 """
 Looping: visiting a block of layers again, with the same weights. A loop is only a path, so any model can be
-looped at inference, trained to loop or not (claim 2 of the paper); a model trained to loop is one whose config
-carries the path, as Loop(e-LxK-d) of arXiv 2502.17416: e layers, L layers visited K times, d layers.
+looped at inference, also one that was not trained to loop (claim 2 of the paper). A model that was has the path in its
+config. Loops are written e-LxK-d (arXiv 2502.17416): e layers, L layers visited K times in all, d layers.
 
     python loop.py out/lidas/ckpt.pt --prompt "Where does Mia live ?"   # a block visited 1, 2, 3, 5 times
     python loop.py out/lidas/ckpt.pt --prompt "a=7 a=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
@@ -51,23 +51,26 @@ def parse_loop(text):
 
 
 def parse_path(text):
-    """"0-3,2-5,6" -> [0, 1, 2, 3, 2, 3, 4, 5, 6]: layers and inclusive ranges. Raises ValueError for other text."""
+    """Layers and inclusive ranges: "0-3,2-5,6" -> [0, 1, 2, 3, 2, 3, 4, 5, 6]. Raises ValueError for other text."""
     path = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (None, None)
+        if match is None or last < first:
             raise ValueError(f"a path is layers and ranges, as in 0-3,2-5,4-7, not {text!r}")
         path += range(first, last + 1)  # both ends are visited
     return path
 
 
 def loop_of(path):
-    """The block of an e-LxK-d path that is visited again -> its first layer, its layers (e, L), or None."""
+    """The block that an e-LxK-d path repeats -> its first layer and its number of layers (e, L); None where a second
+    visit of a whole block is not what comes again first."""
     for visit, index in enumerate(path):
-        if index in path[:visit]:
+        if index in path[:visit]:               # the first layer that comes again is the block's first
             length = visit - path.index(index)
-            return (index, length) if path[visit:visit + length] == [*range(index, index + length)] else None
+            again = path[visit:visit + length]
+            return (index, length) if again == [*range(index, index + length)] else None
+    return None
 
 
 def add_path_options(parser):
@@ -102,13 +105,13 @@ def path_of(args, config=None):
 
 @torch.no_grad()
 def scan(model, tokens, targets, blocks, visits=2, batch=8):
-    """Visits each block (start, end), both included, `visits` times; everything before it is computed once.
+    """Visits each block (first layer, last layer) `visits` times in all; everything before that is computed once.
 
-    tokens, targets (n, T), where a target of -1 is not asked -> yields, first for None (the plain model) and then for
-    each block: loss (n,), nats per asked token, and right (n,), whether each of them is the likeliest. A block costs
-    the layers from `start` on. Memory: n * T * n_embd numbers for each layer.
+    tokens, targets (n, T); a target of -1 is not scored -> yields, first for None (the plain model) and then for each
+    block: the block, and loss and right of score_targets, (n,) each. A block costs what comes after its first visit.
+    Memory: n * T * n_embd numbers for each layer.
     """
-    # 1. one plain pass, which keeps the stream before each layer
+    # 1. one plain pass, which keeps the n_layer + 1 streams before and after each layer
     model_device, parts = model.embed.weight.device, []
     for part, target in zip(tokens.split(batch), targets.split(batch)):
         part = part.to(model_device)
@@ -120,31 +123,33 @@ def scan(model, tokens, targets, blocks, visits=2, batch=8):
     for block in [None, *blocks]:
         scores = []
         for streams, rope_and_mask, target in parts:
-            x, rest = streams[-1], []
-            if block is not None:
-                start, end = block
-                again, after = range(start, end + 1), range(end + 1, len(model.layers))
-                x, rest = streams[end + 1], [*again] * (visits - 1) + [*after]
+            if block is None:
+                x, rest = streams[-1], []
+            else:
+                first, last = block
+                x = streams[last + 1]           # the stream after the block's first visit
+                rest = [*range(first, last + 1)] * (visits - 1) + [*range(last + 1, len(model.layers))]
             for index in rest:
                 x = model.layers[index](x, rope_and_mask)
             scores.append(score_targets(model, model.norm(x), target))
-        yield block, *(torch.cat(column).cpu() for column in zip(*scores))
+        loss, right = (torch.cat(column).cpu() for column in zip(*scores))      # (n,) each
+        yield block, loss, right
 
 
 def score_targets(model, hidden, targets):
-    """Of model.hidden (B, T, n_embd) and targets (B, T) -> loss (B,) and right (B,) of the asked tokens."""
-    asked = targets >= 0
-    # only asked positions reach the head: of a large vocabulary it is most of the work
-    logits = model.head(hidden[asked]).float()                                  # (asked tokens, vocab_size)
-    # which row each of them belongs to
-    row = asked.nonzero()[:, 0]                                                 # (asked tokens,)
-    losses = F.cross_entropy(logits, targets[asked], reduction="none")
-    wrong = (logits.argmax(-1) != targets[asked]).float()
-    total = torch.zeros(2, len(targets), device=targets.device).index_add(1, row, torch.stack((losses, wrong)))
-    return total[0] / asked.sum(1), total[1] == 0   # right: no asked token is wrong
+    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, and each row has some that are) -> by
+    row, the mean loss of its scored tokens in nats (B,), and whether all of them are the likeliest (B,)."""
+    scored = targets >= 0
+    # only scored positions reach the head: of a large vocabulary it is most of the work
+    logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
+    losses = F.cross_entropy(logits, targets[scored], reduction="none")         # (scored tokens,)
+    wrong = (logits.argmax(-1) != targets[scored]).float()                      # (scored tokens,)
+    # sums by row
+    row, zeros = scored.nonzero()[:, 0], torch.zeros(len(targets), device=targets.device)
+    return zeros.index_add(0, row, losses) / scored.sum(1), zeros.index_add(0, row, wrong) == 0
 
 
-def paired(differences):
+def mean_and_error(differences):
     """Differences (n,) over the same examples -> their mean, and its standard error."""
     return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
 
@@ -154,12 +159,15 @@ def paired(differences):
 def show(model, checkpoint, args):
     """The same prompt continued along each path, with the held-out loss there."""
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
-    paths = paths_of(args, model.config)
+    paths, own = paths_of(args, model.config), model.config.resolve_path()
     if not paths:       # its own path, and other numbers of visits of its loop, or of the middle quarter of the layers
-        own, middle = model.config.resolve_path(), max(1, n_layer // 4)
+        middle = max(1, n_layer // 4)
         start, block = loop_of(own) or ((n_layer - middle) // 2, middle)
-        loops = [f"{start}-{block}x{visits}-{n_layer - block - start}" for visits in (1, 2, 3, 5)]
-        paths = {"its own path": own} | {loop: path for loop in loops if (path := parse_loop(loop)[1]) != own}
+        paths = {"its own path": own}
+        for visits in (1, 2, 3, 5):
+            loop = f"{start}-{block}x{visits}-{n_layer - block - start}"
+            if parse_loop(loop)[1] != own:
+                paths[loop] = parse_loop(loop)[1]
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
@@ -173,7 +181,7 @@ def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
     from evaluate import append_rows, examples_of       # only here: evaluate.py imports this file
     if model.config.path:
-        raise ValueError("the scan is of models without a loop of their own: grow.py unties one")
+        raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
@@ -187,7 +195,7 @@ def show_scan(model, checkpoint, args):
     _, plain_loss, plain_right = next(measured)
     for (start, end), loss, right in tqdm(measured, total=len(blocks), unit="block", disable=None):
         gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()     # (n,)
-        (chosen, chosen_se), (reported, reported_se) = paired(gain[::2]), paired(gain[1::2])
+        (chosen, chosen_se), (reported, reported_se) = mean_and_error(gain[::2]), mean_and_error(gain[1::2])
         rows.append({"of": fingerprint, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
                      "reported": reported, "reported_se": reported_se})
         if args.rows:

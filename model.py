@@ -14,7 +14,8 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
     logits, loss = model(tokens, targets)                                  # the plain model
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # block 2-3 looped
 
-The last section is the only place that opens and saves models: checkpoints, tokenizers, Hugging Face.
+Everything that opens and saves models is here too: from_pretrained and save_pretrained with the section of Hugging
+Face's names, then tokenizers, checkpoints, and what every script does at its start.
 """
 import argparse
 import dataclasses
@@ -48,7 +49,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True               # the output head shares its weights with the embedding
-    eot: int | None = None          # token that begins a document; attention never crosses it
+    eot: int | None = None          # <|endoftext|>, which stands before each document: attention never crosses it
     path: list | None = None        # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
     rope_freqs: list | None = None  # rotary frequencies, where they are not those of rope_theta
@@ -71,7 +72,6 @@ class GPTConfig:
     def resolve_path(self, path=None):
         """The given path, else the configured one, else every layer once -> list of ints. Raises ValueError
         when it is empty or names a layer that does not exist."""
-        # a path that is given counts more than the model's own
         path = self.path if path is None else path
         path = [int(index) for index in (range(self.n_layer) if path is None else path)]
         if not path or not 0 <= min(path) <= max(path) < self.n_layer:
@@ -86,8 +86,11 @@ def apply_rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. kv_cache: this *visit's* keys and values, a view (2, B, n_kv_head, seen + T,
-    head_dim) whose last T positions are written here."""
+    """Causal self-attention of T new positions, which follow the `seen` ones in the cache.
+
+    x (B, T, n_embd); rope_and_mask as GPT.rope_and_mask returns it. kv_cache: this *visit's* keys and values, a view
+    (2, B, n_kv_head, seen + T, head_dim) whose last T positions are written here.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -102,11 +105,16 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)             # (B, heads, T, head_dim)
         if kv_cache is not None:
-            kv_cache[0, :, :, -T:], kv_cache[1, :, :, -T:] = k, v
+            kv_cache[0, :, :, -T:] = k
+            kv_cache[1, :, :, -T:] = v
             k, v = kv_cache                                                 # (B, n_kv_head, seen + T, head_dim)
-        if self.n_head != self.n_kv_head:       # not enable_gqa: with a mask, GPUs have a slow kernel only
-            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        if self.n_head != self.n_kv_head:       # by hand: with a mask, enable_gqa is slow on GPUs
+            groups = self.n_head // self.n_kv_head
+            k = k.repeat_interleave(groups, dim=1)                          # (B, n_head, seen + T, head_dim)
+            v = v.repeat_interleave(groups, dim=1)
+        # one new token sees every key: with is_causal it would see the first one only
+        is_causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, n_embd)
 
 
@@ -168,15 +176,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        # N(0, 1 / n_embd): at small widths the usual 0.02 leaves attention flat, and copying is never learned.
-        # What is added to the residual stream is scaled down by the root of the number of additions, at the
-        # model's final depth, so that a copy has the scale of the model it grows into.
-        std, depth = self.config.n_embd ** -0.5, self.config.init_depth or len(self.config.resolve_path())
+        # 1 / sqrt(n_embd), not GPT-2's 0.02, which makes attention nearly uniform at small widths
+        std = self.config.n_embd ** -0.5
+        # Each visit adds to the residual stream twice (attention and MLP): what is added starts smaller, as in GPT-2.
+        # The final depth counts, so that a copied layer has the scale of the model that it grows into.
+        depth = self.config.init_depth or len(self.config.resolve_path())
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std / (2 * depth) ** 0.5 if name.endswith("proj.weight") else std)
-        # To look at the previous position whatever token stands there, rotary attention without biases needs a
-        # direction that all embeddings share. With tied weights it shifts all logits alike: no prediction changes.
+        # Not in Llama: one random vector is added to all embeddings. With it, rotary attention without biases can find
+        # "the previous position", whatever its token is. With tied weights it shifts all logits alike.
         self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
 
     def rope_and_mask(self, tokens, seen=0):
@@ -188,19 +197,22 @@ class GPT(nn.Module):
         T, mask = tokens.shape[1], None
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
-        # Without documents, only several tokens after a cache need a mask: one new token sees everything, and
-        # a text from its beginning takes the fast causal kernel.
+        # Without documents, a mask is needed only for several new tokens after a cache: a single one sees everything,
+        # and a text from its beginning takes the fast causal kernel.
         if self.config.eot is not None or 0 < seen < T - 1:
-            mask = torch.ones(T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)[None]
+            # row i is position seen + i, which sees the positions 0 to seen + i
+            mask = torch.ones(1, T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)
         if self.config.eot is not None:
             # number the documents of each row: a position looks at its own one only
             document = (tokens == self.config.eot).cumsum(1)                                # (B, T)
             mask = mask & (document[:, seen:, None] == document[:, None, :])                # (B, T - seen, T)
-        return self.cos[seen:T], self.sin[seen:T], None if mask is None else mask[:, None]
+        if mask is not None:
+            mask = mask[:, None]                # one for all heads: (B or 1, 1, T - seen, T)
+        return self.cos[seen:T], self.sin[seen:T], mask
 
     def new_cache(self, path, batch, length):
-        """Room for the keys and values of every *visit*: a layer visited twice attends, on its second visit,
-        to what second visits wrote. -> (visits, 2, batch, n_kv_head, length, head_dim)"""
+        """Room for keys and values, one slot per *visit*: a layer that is visited twice has other keys on its second
+        visit, which must read what second visits wrote. -> (visits, 2, batch, n_kv_head, length, head_dim)"""
         return self.embed.weight.new_empty(len(self.config.resolve_path(path)), 2, batch,
                                            self.config.n_kv_head, length, self.config.head_dim)
 
@@ -244,13 +256,15 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
-        seen, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
+        cached, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            if cache is None or tokens.shape[1] > self.config.context:
-                cache, seen = None, 0
+            if tokens.shape[1] > self.config.context:
+                cache = None                    # the window moves: every stored key has the wrong position
             # 1. logits of the last position
-            logits = self.head(self.hidden(tokens[:, -self.config.context:], path, cache, seen)[:, -1]).float()
-            seen = tokens.shape[1]
+            window = tokens[:, -self.config.context:]
+            hidden = self.hidden(window, path, cache, seen=0 if cache is None else cached)
+            logits = self.head(hidden[:, -1]).float()                                   # (B, vocab_size)
+            cached = tokens.shape[1]
             # 2. the next token
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]    # the k-th largest (B, 1)
@@ -296,7 +310,7 @@ class GPT(nn.Module):
         path = self.config.resolve_path(path)
         hf = Llama(LlamaConfig(**llama_settings(self.config, len(path))))
         state = {"lm_head.weight": self.head.weight}
-        for name, p in self.along(path).items():
+        for name, p in self.parameter_sources(path).items():
             parts = llama_names(name)
             sizes = [hf.get_parameter(part).shape[0] for part in parts]
             state |= zip(parts, p.detach().split(sizes))    # q, k, v are taken apart again
@@ -310,8 +324,8 @@ class GPT(nn.Module):
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def along(self, path):
-        """{name of a parameter in the model with one layer per visit of the path: the parameter it copies}"""
+    def parameter_sources(self, path):
+        """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
         sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
         for visit, index in enumerate(path):
             for name, p in self.layers[index].named_parameters():
@@ -325,7 +339,7 @@ def estimate_loss(model, rows, path=None, batch=16):
     total = 0.0     # a sum over rows, since the last batch may be smaller
     for part in rows.split(batch):
         part = part.to(model.embed.weight.device).long()                # (batch, T + 1)
-        total += model(part[:, :-1], part[:, 1:].contiguous(), path)[1].item() * len(part)
+        total += model(part[:, :-1], part[:, 1:], path)[1].item() * len(part)
     return total / len(rows)
 
 # -----------------------------------------------------------------------------
@@ -564,7 +578,7 @@ def positive_int(text):
 def read_options(parser, excludes={}, requires={}):
     """-> args, and the names that were given. excludes: {name: names that mean nothing beside it}, requires: {name:
     names that mean nothing without it}. Raises ValueError for what would be ignored."""
-    # parse twice: what is still `unset` the second time was not given, even where a default was typed
+    # argparse does not tell a default that was typed from one that was not: parse once more, and see what stays `unset`
     args, unset = parser.parse_args(), object()
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}

@@ -67,9 +67,9 @@ def contributions(model, tokens, path=None):
 def skip_effects(model, tokens, path=None, future=None, local=False):
     """What leaving out one visit changes after it (arXiv 2505.13898): the maximum over positions, the mean over rows.
 
-    Visit s is left out everywhere but at the first token of a document, and effect(s, l) = |D_l - D'_l| / |D_l| of
-    each later visit l; on the output |softmax - softmax'|_2.
-    local: visit l is given its stream without D_s, and nothing else is propagated.
+    Visit s is left out everywhere but at the first token of a document. D_l is the update of a later visit l in the
+    full run, D'_l in the run without s: effect(s, l) = |D_l - D'_l| / |D_l|, on the output |softmax - softmax'|_2.
+    local: D'_l is that of visit l alone, given its stream of the full run less D_s.
     future=t: s is left out before t, and its effect is read from t on, in documents that began before t: only
     attention can have carried it there.
     -> effects (depth, depth), zero where l <= s; effect on the output (depth,). Raises ValueError where no position
@@ -98,20 +98,20 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     output = model.head(model.norm(last)).softmax(-1)
     effects, on_output = torch.zeros(len(path), len(path)), torch.zeros(len(path))
     for s in range(len(path)):
-        without = skipped.unsqueeze(-1) * update[s]     # what is taken away (B, T, n_embd)
-        if local:
-            last2, changed = last - without, []
+        taken = skipped.unsqueeze(-1) * update[s]       # D_s where it is left out (B, T, n_embd)
+        if local:                                       # each later visit alone
+            new_last, changed = last - taken, []
             for visit in range(s + 1, len(path)):
-                _, (a2,), (m2,), _ = run_visits(model, h[visit] - without, rope_and_mask, [path[visit]])
-                changed.append(a2 + m2)
-        else:                                           # nothing before s changes: start after it
-            _, a2, m2, last2 = run_visits(model, h[s] + update[s] - without, rope_and_mask, path[s + 1:])
-            changed = [x + y for x, y in zip(a2, m2)]
+                _, (new_a,), (new_m,), _ = run_visits(model, h[visit] - taken, rope_and_mask, [path[visit]])
+                changed.append(new_a + new_m)
+        else:                                           # all later visits; nothing before s changes
+            _, new_a, new_m, new_last = run_visits(model, h[s] + update[s] - taken, rope_and_mask, path[s + 1:])
+            changed = [x + y for x, y in zip(new_a, new_m)]
         if changed:     # the last visit has none after it
             change = (update[s + 1:] - torch.stack(changed)).norm(dim=-1)
             # a zero update gives no nan
             effects[s, s + 1:] = over_positions(change / update[s + 1:].norm(dim=-1).clamp(min=1e-6))
-        on_output[s] = over_positions((output - model.head(model.norm(last2)).softmax(-1)).norm(dim=-1))
+        on_output[s] = over_positions((output - model.head(model.norm(new_last)).softmax(-1)).norm(dim=-1))
     return effects, on_output
 
 
@@ -130,9 +130,9 @@ def early_exit(model, tokens, path=None):
     top = final.topk(min(5, final.shape[-1])).indices
     kl, overlap = [], []
     for x in [*h, last]:    # and what it would say if it ended here
-        exit = model.head(model.norm(x)).log_softmax(-1)
-        kl.append((exit.exp() * (exit - final)).sum(-1).mean())     # KL(exit || final), this way round as published
-        likeliest = exit.topk(top.shape[-1]).indices
+        early = model.head(model.norm(x)).log_softmax(-1)
+        kl.append((early.exp() * (early - final)).sum(-1).mean())   # KL(exit || final), this way round as published
+        likeliest = early.topk(top.shape[-1]).indices
         overlap.append((likeliest.unsqueeze(-1) == top.unsqueeze(-2)).any(-1).float().mean())
     return torch.stack(kl).cpu(), torch.stack(overlap).cpu()
 
@@ -176,9 +176,9 @@ def weight_similarity(model, path=None):
 # one number per claim
 
 def late_over_middle(curve):
-    """1a: mean of the last third of visits over that of the middle third; above 1 where late visits count more. First
-    visits are large in any model and hide this in a depth score. A choice of this project."""
-    _, middle, late = curve.tensor_split(3)     # of 8 visits: 3, 3 and 2
+    """1a: mean of the last third of visits over that of the middle third (of 8 visits: 2 over 3); above 1 where late
+    visits count more. First visits are large in any model and hide this in a depth score. A choice of this project."""
+    _, middle, late = curve.tensor_split(3)
     return (late.mean() / middle.mean()).item()
 
 
@@ -265,8 +265,9 @@ def rows_of_models(models):
                 add(model, table, column, value)
         for name in dict.fromkeys(other["name"] for other in models):
             # another method is compared within the seed; the method itself with all its other seeds
-            others = [other["curves"] for other in models if other["name"] == name
-                      and (other["seed"] == model["seed"]) != (name == model["name"])]
+            itself = name == model["name"]
+            others = [other["curves"] for other in models if other["name"] == name and (
+                other["seed"] != model["seed"] if itself else other["seed"] == model["seed"])]
             if others:
                 add(model, "convergence: correlation of two models' curves", name, statistics.mean(
                     convergence(model["curves"][curve], other[curve]) for other in others for curve in COMPARED))

@@ -1,4 +1,4 @@
-"""
+r"""
 The main job: trains a model that starts shallow, grows in depth during the constant phase of its learning rate,
 and is cooled down at full depth on a mixture with math, as the models of the paper are.
 
@@ -11,8 +11,8 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
     torchrun --nproc_per_node=2 train.py              # two GPUs
 
     LR  ___________________________
-       /   |      |        |       |\\          |  a growth step: a block of layers is duplicated (grow.py)
-      / 2  |  4   |   6    |   8   | \\         numbers: layers
+       /   |      |        |       |\          |  a growth step: a block of layers is duplicated (grow.py)
+      / 2  |  4   |   6    |   8   | \         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
 import argparse
@@ -30,7 +30,8 @@ import sys
 import time
 import zlib
 
-# before torch is imported: on a busy machine threads that spin for long while they wait are slower than one
+# Before torch is imported. OpenMP's threads wait in a busy loop: beside other programs a long one makes two threads
+# slower than one (RESULTS.md, Busy machines).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import numpy as np
 import torch
@@ -80,17 +81,18 @@ def permutation(n, *seed):
 
 
 def open_streams(args, tokenizer):
-    """-> {"general": stream, "math": stream}, {"general": held-out rows, ...}, {"general": checksum, ...}"""
+    """-> streams, held-out rows, checksums: three dicts by name, "general" and "math" """
     files, streams, heldout, data = {"general": args.data, "math": args.math}, {}, {}, {}
     for name in files:
         if files[name]:
             streams[name], heldout[name], data[name] = file_stream(args, tokenizer, name, files[name])
-        # the built-in world is made as it is read; held-out rows are the same for all seeds
         elif not args.data:
+            # the built-in world is made as it is read; held-out rows are the same for all seeds
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
             streams[name] = functools.partial(row, heldout=False, seed=args.seed)
             rows = np.stack([row(heldout=True, seed=0, number=i) for i in range(64)])
             heldout[name] = torch.from_numpy(rows.astype(np.int32))
+            # --resume compares this: the world's code, or the files, must not have changed
             data[name] = zlib.crc32(streams[name](number=0), zlib.crc32(heldout[name].numpy()))
     return streams, heldout, data
 
@@ -102,16 +104,16 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, streams, args, rank=0, world_size=1):
         self.streams, self.args = streams, args
-        # rows of this process
-        self.mine = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)
+        self.my_rows = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)
 
     def __getitem__(self, step):
         """-> (batch / world_size, context + 1) int64"""
         args, constant = self.args, constant_steps(self.args)
-        # which rows are math is drawn for all ranks, so that each finds its own
         share = args.math_share if step >= constant and "math" in self.streams else 0.0
-        is_math, rows = np.random.default_rng((args.seed, step)).random(args.batch) < share, []
-        for i in self.mine:
+        # which rows are math is drawn for all ranks, so that each finds its own
+        is_math = np.random.default_rng((args.seed, step)).random(args.batch) < share
+        rows = []
+        for i in self.my_rows:
             # math is counted from the cooldown's first row on, so that none repeats within an epoch
             name, first = ("math", constant) if is_math[i] else ("general", 0)
             rows.append(self.streams[name](number=(step - first) * args.batch + i))
@@ -181,9 +183,10 @@ def build_model(args, tokenizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by five steps of Newton-Schulz (Jordan et al. 2024), with the size of an AdamW update,
-    so that both take one learning rate: 0.2 * sqrt(the longer side), as Moonlight (arXiv 2502.16982). torch.optim.Muon
-    in float32, and matrices of one shape in one product: on a CPU its bfloat16 is ten times slower."""
+    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. It is scaled
+    by 0.2 * sqrt(the longer side), as in Moonlight (arXiv 2502.16982), to the size of an AdamW update, so that both
+    optimizers take one learning rate. torch.optim.Muon works in bfloat16, which is slow on a CPU: this one is in
+    float32, with all matrices of one shape in one product."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -197,16 +200,16 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in shapes.items():
                 # 1. Nesterov's momentum: the average as it will be after another step along this gradient
                 for p in params:
-                    self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+                    if not self.state[p]:       # the first step
+                        self.state[p]["momentum"] = torch.zeros_like(p)
                 averages = [self.state[p]["momentum"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))   # (n, rows, columns)
-                # 2. all singular values towards 1
+                # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
                 x = x.mT if rows > columns else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
-                    # a polynomial of x x^T that pulls every singular value towards 1; Jordan's coefficients
                     gram = x @ x.mT
                     x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
                 x = x.mT if rows > columns else x
@@ -240,11 +243,14 @@ def compiles(args):
 
 
 def prepare(model, args):
-    """-> what training calls: compiled layer by layer, so that growth and paths reuse the code; in DDP."""
+    """-> the model as training calls it, also after each growth: compiled layer by layer, and in DDP where there are
+    several processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
     if compiles(args):
-        # one graph serves all layers, since a layer does not know where it stands
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
-        for module in [*model.layers, model.loss] if model.embed.weight.is_cuda else model.layers:
+        modules = list(model.layers)
+        if model.embed.weight.is_cuda:
+            modules.append(model.loss)                  # the logits in float32 are the largest tensor there
+        for module in modules:
             module.compile(dynamic=False)
     if not dist.is_initialized():
         return model
@@ -253,6 +259,7 @@ def prepare(model, args):
 # -----------------------------------------------------------------------------
 # arguments
 
+# start: the first step of this run; start_flops: what was spent before it. layers: the final depth, in visits
 DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "cooldown": 0.2, "weight_decay": 0.01,
             "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
@@ -275,11 +282,12 @@ def make_parser():
                                                     "0: early blocks must learn something to be copied)")
     add_path_options(parser)
     parser.add_argument("--width", type=positive_int, help="of the residual stream (default: 64; CUDA: 384)")
-    parser.add_argument("--heads", type=positive_int, help="each at least 32 wide (default: 2; CUDA: 6)")
-    parser.add_argument("--kv-heads", type=positive_int, help="fewer: grouped-query attention (default: as --heads)")
+    parser.add_argument("--heads", type=positive_int, help="of attention, each at least 32 wide (default: 2; CUDA: 6)")
+    parser.add_argument("--kv-heads", type=positive_int, help="of keys and values; fewer than --heads is grouped-query "
+                                                              "attention (default: as many)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="all of them (default: 4000; CUDA: 2000; with --init of a "
+    parser.add_argument("--steps", type=positive_int, help="steps (default: 4000; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
     parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
@@ -344,8 +352,9 @@ def resumed(args, given):
 
 
 def complete_args(args, given, model, checkpoint):
-    """What was not given is that of the run that --init goes on with, or else a default: of other models with --init,
-    or of the device. Raises ValueError for options that do not apply."""
+    """Fills in what was not given. Later ones count: the device's defaults; those of another model (--init); the
+    arguments of a run that --init goes on with; what --init and --loop fix. Raises ValueError for options that do not
+    apply."""
     defaults = DEFAULTS | SIZES.get(args.device.split(":")[0], SIZES["cpu"])
     path = path_of(args, model.config if model else None)
     if path:
@@ -355,10 +364,10 @@ def complete_args(args, given, model, checkpoint):
     if model:
         model.config.path = path or model.config.path
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
-        # a model of grow.py or of Hugging Face begins at step 0, a run's checkpoint goes on
-        if "optimizers" in checkpoint:          # its steps are counted on
-            defaults |= {"plain_layers": checkpoint["args"]["layers"]} | checkpoint["args"] | {
-                "warmup": 0, "start": checkpoint["step"], "start_flops": checkpoint["log"][-1]["flops"]}
+        if "optimizers" in checkpoint:          # a run: its steps are counted on, without another warm-up
+            defaults |= {"plain_layers": checkpoint["args"]["layers"]}
+            defaults |= checkpoint["args"]      # with plain_layers, where that run went on with one itself
+            defaults |= {"warmup": 0, "start": checkpoint["step"], "start_flops": checkpoint["log"][-1]["flops"]}
         defaults |= {"method": "init", "layers": len(model.config.resolve_path())}
         if "encoding" in given and checkpoint["tokenizer"]:
             raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
@@ -424,7 +433,7 @@ class Run:
     def __init__(self, args, config, log, tokenizer, heldout, kept):
         self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
         self.since = None                               # (step, time) of the last report
-        # training FLOPs of a plain model that takes all these steps: of it, the log has shares
+        # training FLOPs of a plain model of full depth that takes all these steps: the log gives shares of it
         self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
         self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
 
@@ -462,9 +471,9 @@ class Run:
 
 
 def own_folder(folder, resume):
-    """One run owns its folder: an OS lock, which ends with the process. -> the open file"""
+    """One run owns its folder: a lock of the system, which ends with the process, also when that is killed.
+    -> the open file"""
     os.makedirs(folder, exist_ok=True)
-    # a lock of the system, not the file's existence: it ends with the process, also when that is killed
     file = open(os.path.join(folder, "lock"), "w")
     try:
         if os.name == "nt":
@@ -513,7 +522,7 @@ def main():
     tokenizer = get_tokenizer(spec)
     lock = own_folder(args.out, args.resume) if rank == 0 else None
     if rank > 0:
-        dist.barrier()          # the first one writes the token files
+        dist.barrier()          # the main process writes the token files, then the others read them
     streams, heldout, data = open_streams(args, tokenizer)
     if rank == 0 and world_size > 1:
         dist.barrier()
@@ -534,7 +543,7 @@ def main():
     if rank == 0:
         announce(args, model, checkpoint)
     start = checkpoint["step"] if args.resume else args.start
-    model = train(run, model, optimizers, Batches(streams, args, rank, world_size), start, rank)
+    model = train(run, model, optimizers, Batches(streams, args, rank, world_size), start, main_process=rank == 0)
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -552,21 +561,21 @@ def announce(args, model, checkpoint):
                f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
 
 
-def train(run, model, optimizers, batches, start, rank):
+def train(run, model, optimizers, batches, start, main_process):
     """The loop, from step `start` on. -> the model, which growth has replaced."""
-    args, cuda, first = run.args, run.args.device.startswith("cuda"), rank == 0
-    growth, constant = dict(growth_plan(args)[1:]), constant_steps(args)
-    reporting = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
+    args, cuda = run.args, run.args.device.startswith("cuda")
+    growth_steps, constant = dict(growth_plan(args)[1:]), constant_steps(args)
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
-    training, losses, signals = prepare(model, args), [], catch_signals(first)
-    if first and not args.resume:
+    wrapped, losses, signals = prepare(model, args), [], catch_signals(main_process)
+    if main_process and not args.resume:
         run.report(model, start)
         run.save("ckpt.pt", model, optimizers, start)           # an unwritable --out is noticed now
-    for step, rows in zip(tqdm(steps, unit="step", disable=not first or None), loader):
+    for step, rows in zip(tqdm(steps, unit="step", disable=not main_process or None), loader):
         # 1. the learning rate of this step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -574,7 +583,7 @@ def train(run, model, optimizers, batches, start, rank):
         # 2. forward and backward
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
         with autocast:
-            loss = training(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1]
+            loss = wrapped(rows[:, :-1], rows[:, 1:])[1]
         loss.backward()
         # 3. the update
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -583,25 +592,26 @@ def train(run, model, optimizers, batches, start, rank):
             optimizer.zero_grad()
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
-        done, stopped = step + 1, list(signals)
-        due = done in reporting or done in growth or stopped
+        done = step + 1
+        stopped = list(signals) if done < args.steps else []
+        due = done in report_steps or done in growth_steps or stopped
         # 4. report: the last line of a stage is of the model before it grows
         if due:
             mean_loss = torch.stack(losses).mean().item()
             losses.clear()
-            if first:
+            if main_process:
                 run.report(model, done, mean_loss)
         # 5. grow: duplicate a block, and the optimizer's moments with it
-        if done in growth:
+        if done in growth_steps:
             path = METHODS[args.method](model.config.n_layer, args.block)
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
-            model, training = grown, prepare(grown, args)       # compiled layers and DDP are the old model's
+            model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
-            if first:
+            if main_process:
                 run.grew(model, done, path)
-        # 6. save. stable.pt first: killed between the two, --resume repeats this step from the older ckpt.pt
-        if due and first:
+        # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
+        if due and main_process:
             if done == constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
@@ -611,7 +621,7 @@ def train(run, model, optimizers, batches, start, rank):
     return model
 
 
-def catch_signals(first):
+def catch_signals(main_process):
     """Ctrl-C and SIGTERM end a run after the step, saved; a second one ends it at once. -> list of those received"""
     signals = []
 
@@ -619,8 +629,8 @@ def catch_signals(first):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # the other processes wait for the first one: were each to stop at its own step, some would wait for ever
-        signal.signal(number, on_signal if first else signal.SIG_IGN)
+        # the other processes wait for the main one: were each to stop at its own step, some would wait for ever
+        signal.signal(number, on_signal if main_process else signal.SIG_IGN)
     return signals
 
 
