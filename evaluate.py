@@ -738,8 +738,8 @@ def print_differences(rows, names):
             low, high = (f"{scale * x:.{digits}f}" for x in (mean - half, mean + half))
             lines.append([column, str(n), f"{scale * mean:+.{digits}f}", f"{low} to {high}"])
         if len(lines) > 1:
-            print_lines(f"{table}: {' - '.join(names) if len(names) == 2 else '({} - {}) - ({} - {})'.format(*names)}",
-                        lines)
+            what = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})"
+            print_lines(f"{table}: {what.format(*names)}", lines)
 
 
 def check_names(rows):
@@ -805,7 +805,7 @@ def make_parser():
     # where it goes
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
-    parser.add_argument("--only", default="", help="--table: only what has this in \"table: model\"")
+    parser.add_argument("--only", default="", help="--table: only where \"table: model\" has this pattern")
     parser.add_argument("--compare", nargs="+", metavar="LINE", help="two lines of the tables: their difference, or "
                                                                      "four: (1 - 2) - (3 - 4); with 95%% intervals")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
@@ -845,7 +845,7 @@ def main():
                          **score})
             if args.results:
                 append_rows(args.results, rows[-1:])
-    rows = [row for row in rows if args.only in f"{row['table']}: {row['model']}"]
+    rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     check_names(rows)
@@ -857,6 +857,8 @@ def main():
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:
+        if not set(args.compare) <= {row["model"] + row.get("suffix", "") for row in rows}:
+            raise ValueError(f"there is nothing to compare: not all of {', '.join(args.compare)} are lines")
         print_differences(rows, args.compare)
     else:
         print_tables(rows)

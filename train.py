@@ -260,11 +260,13 @@ def prepare(model, args):
 # arguments
 
 # start: the first step of this run; start_flops: what was spent before it. layers: the final depth, in visits
-DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "cooldown": 0.2, "weight_decay": 0.01,
+DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "weight_decay": 0.01,
             "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 4000},
-    "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000}}
+    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 4200,
+            "cooldown": 0.25},
+    "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000,
+             "cooldown": 0.2}}
 OF_THE_MACHINE = {"device", "compile", "out", "resume"}         # may differ from those of a run that is resumed
 DEPTH = ("method", "layers", "block", "alpha")
 CONFLICTS = {   # options that another option decides already
@@ -287,14 +289,15 @@ def make_parser():
                                                               "attention (default: as many)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="steps (default: 4000; CUDA: 2000; with --init of a "
+    parser.add_argument("--steps", type=positive_int, help="steps (default: 4200; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
     parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init of no run: 0.0001)")
     parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
-    parser.add_argument("--cooldown", type=float, help="the cooldown's share of all steps (default: 0.2)")
+    parser.add_argument("--cooldown", type=float, help="the cooldown's share of all steps (default: 0.25, since "
+                                                      "two hops are learned in it; CUDA: 0.2, as in the papers)")
     parser.add_argument("--weight-decay", type=float, help="of matrices (default: 0.01; the usual 0.1 makes small "
                                                            "models copy later)")
     parser.add_argument("--seed", type=int, help="of the init, the text and its order (default: 0)")

@@ -2,23 +2,20 @@
 Speed, measured side by side in one process. By hand, not in CI; nothing else should run on the machine.
 
     python tests/bench.py                                       # 8 layers x 128 wide: minutes on two cores
-    python tests/bench.py --shape gpt2 --device cuda --batch 64     # GPT-2 small's shape, a GPU
-    python tests/bench.py --shape smollm --only generate scan       # SmolLM2-135M's
+    python tests/bench.py --shape gpt2 --device cuda                # GPT-2 small's shape, a GPU
+    python tests/bench.py --shape smollm --only scan                # SmolLM2-135M's
 """
 import argparse
 import os
 import sys
 import tempfile
 import time
-from argparse import Namespace
 
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from loop import loop_path, scan  # noqa: E402
 from model import GPT, GPTConfig, pick_device  # noqa: E402
-from signatures import all_signatures  # noqa: E402
-from train import make_optimizers, prepare  # noqa: E402
 
 SHAPES = {"small": dict(vocab_size=1024, n_layer=8, n_head=4, n_kv_head=4, n_embd=128, d_ff=344, context=512),
           "gpt2": dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, d_ff=2048, context=1024),
@@ -42,32 +39,6 @@ def add(what, unit, count, names, times):
     """One line for each; the last column is the speed as a multiple of the first one's."""
     for name, taken in zip(names, times):
         print(f"{what:<30} {name:<26} {count / taken:>14,.2f} {unit}/s {times[0] / taken:>8.2f}x", flush=True)
-
-
-def training_step(config, args, compile, adamw=False):
-    model = GPT(config).to(args.device)
-    run = prepare(model, Namespace(compile=compile, device=args.device))
-    optimizers = ([torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)] if adamw
-                  else make_optimizers(model, Namespace(lr=1e-3, weight_decay=0.01)))
-    tokens = torch.randint(config.vocab_size, (args.batch, config.context), device=args.device)
-
-    def step():
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            loss = run(tokens, tokens)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return step
-
-
-def train(config, args):
-    documents = GPTConfig(**{**vars(config), "eot": 0})
-    steps = {"eager": (config, args, "off"), "layers compiled": (config, args, "on"),
-             "the same, with documents": (documents, args, "on"), "the same, AdamW alone": (documents, args, "on", True)}
-    add("training step", "tokens", args.batch * config.context, steps,
-        seconds(args.device, args.repeats, [training_step(*how) for how in steps.values()]))
 
 
 def generate(config, args):
@@ -110,26 +81,22 @@ def scans(config, args):
     fast, = seconds(args.device, 1, [lambda: list(scan(model, rows[:, :-1], rows[:, 1:], cells))], warmup=0)
     add(f"scan of {len(cells)} blocks", "blocks", len(cells), ["each from the start", "loop.py --scan"],
         [slow * len(cells) / len(some), fast])
-    add("all signatures, 8 rows of 128", "calls", 1, ["signatures.py"], seconds(
-        args.device, 1, [lambda: all_signatures(model, rows[:8, :129], 2)], warmup=0))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, default=8, help="rows in a training step (default: 8)")
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps (default: 9)")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate (default: 256)")
     parser.add_argument("--rows", type=int, default=64, help="of 256 tokens, for the scan (default: 64)")
-    parser.add_argument("--only", nargs="+", choices=["train", "generate", "scan"], default=["train", "generate", "scan"])
+    parser.add_argument("--only", nargs="+", choices=["generate", "scan"], default=["generate", "scan"])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     args.device, config = pick_device(args.device), GPTConfig(**SHAPES[args.shape])
     torch.set_float32_matmul_precision("high")
     print(f"{args.shape}, {torch.cuda.get_device_name() if args.device == 'cuda' else args.device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch}\n")
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     for name in args.only:
-        {"train": train, "generate": generate, "scan": scans}[name](config, args)
+        {"generate": generate, "scan": scans}[name](config, args)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def same(one, other):
 
 
 TINY_RUN = ["--layers", 6, "--block", 2, "--width", 32, "--heads", 1, "--context", 128, "--batch", 2,
-            "--steps", 30, "--warmup", 5, "--evals", 3, "--device", "cpu"]
+            "--steps", 30, "--cooldown", 0.2, "--warmup", 5, "--evals", 3, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")

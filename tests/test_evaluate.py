@@ -283,6 +283,21 @@ def test_tables_are_printed_from_rows(tmp_path):
         refused("rows.jsonl", "evaluate.py", "--table", written(file, jsonl(ROWS[0]) + bad))
 
 
+def test_differences_are_paired_by_seed(tmp_path):
+    """(2 - 1) - (4 - 2) on seed 0, (5 - 1) - (3 - 2) on seed 1: a mean of 1, deviation 2.83; seed 2 lacks a line."""
+    values = {"a": (2, 5, 9), "b": (1, 1), "c": (4, 3, 1), "d": (2, 2, 1)}
+    rows = [{**ROWS[0], "model": name, "seed": seed, "value": value} for name, found in values.items()
+            for seed, value in enumerate(found)]
+    file = written(tmp_path / "rows.jsonl", jsonl(*rows))
+    compare = ["evaluate.py", "--table", file, "--compare"]
+    title, _, line = works(*compare, *"abcd").stdout.strip().splitlines()
+    assert title == "tasks: (a - b) - (c - d)" and line.split() == ["loss", "general", "2", "+1.000", "-24.420", "to", "26.420"]
+    assert works(*compare, "c", "d").stdout.split()[-5:] == ["3", "+1.000", "-1.483", "to", "3.483"]
+    assert "(2)" in works("evaluate.py", "--table", written(file, jsonl(*rows, *({**row, "column": "x"} for row in rows[:2])))).stdout
+    refused("two lines", *compare, "a")
+    refused("nothing", *compare, "a", "e")
+
+
 def test_the_command(trained, tmp_path):
     rows, model = tmp_path / "rows.jsonl", trained / "ckpt.pt"
     common = ["evaluate.py", model, "-n", 8, "--device", "cpu"]
