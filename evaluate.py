@@ -34,9 +34,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from loop import add_path_options, paths_of, score_targets
+from loop import add_path_options, paths_of
 from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
-                   positive_int, read_options, run_script, save_figure)
+                   positive_int, read_options, run_script, score_rows)
 
 # -----------------------------------------------------------------------------
 # the words and the facts of the world
@@ -454,25 +454,12 @@ def padded(examples):
     return pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
 
 
-@torch.no_grad()
-def is_right(model, examples, path=None, batch=32):
-    """Whether greedy decoding gives the whole answer -> (n,) bool, one per (prompt, answer).
-
-    In one forward pass: an answer is right when each of its tokens is the likeliest after the true ones before.
-    """
-    device, right = model.embed.weight.device, []
-    for start in range(0, len(examples), batch):
-        tokens, targets = (x.to(device) for x in padded(examples[start:start + batch]))     # (batch, T) each
-        right.append(score_targets(model, model.hidden(tokens, path), targets)[1].cpu())
-    return torch.cat(right)
-
-
 def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
     """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
     (standard error), n, chance, shots that fit."""
     shots = SHOTS.get(task, 0) if shots is None else shots
     examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
-    return {**proportion(is_right(model, examples, path)), "chance": TASKS[task][2], "shots": shots}
+    return {**proportion(score_rows(model, *padded(examples), path)[1]), "chance": TASKS[task][2], "shots": shots}
 
 
 def proportion(right):
@@ -487,7 +474,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, se
     tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
     # fine-tuning examples are not held out, tests are
-    tests, _ = encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)
+    tests = padded(encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)[0])
     tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
     for step in range(1, steps + 1):
@@ -496,7 +483,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, se
         optimizer.step()
         optimizer.zero_grad()
         if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:
-            scores.append(is_right(tuned, tests).float().mean().item())
+            scores.append(score_rows(tuned, *tests)[1].float().mean().item())
     return statistics.mean(scores)
 
 # -----------------------------------------------------------------------------
@@ -583,10 +570,13 @@ def measure(args, model, checkpoint):
 
 
 def scores(args, model, checkpoint, paths):
-    """Losses and accuracies along each path, or accuracies by the number of shots."""
+    """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
     table = "along paths" if len(paths) > 1 else "tasks"
     if not args.shots:
-        yield from costs_and_losses(args, model, checkpoint, table, paths)
+        if table == "tasks" and checkpoint.get("log"):      # a share of a plain model's
+            yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
+        for name, (suffix, path) in itertools.product(checkpoint["heldout"], paths.items()):
+            yield table, suffix, f"loss {name}", {"value": estimate_loss(model, checkpoint["heldout"][name], path)}
     tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks else None
     for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
         try:
@@ -630,55 +620,51 @@ def curves(checkpoint):
                     "value": row[column], **{name: row[name] for name in ("step", "depth", "flops_share")}}
 
 
-def costs_and_losses(args, model, checkpoint, table, paths):
-    """Training FLOPs as a share of a plain model's, and held-out losses along each path."""
-    losses = {f"loss {name}": rows for name, rows in checkpoint["heldout"].items()}
-    if args.data:
-        losses = {os.path.basename(args.data): rows_of(args.data, checkpoint, model.config.context, 64)}
-    if table == "tasks" and checkpoint.get("log"):
-        yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
-    for name, (suffix, path) in itertools.product(losses, paths.items()):
-        yield table, suffix, name, {"value": estimate_loss(model, losses[name], path)}
-
-
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def plot_curves(file, rows, n_hops=5):
-    """Accuracy by hops against training FLOPs, of the rows of --curves: mean and range over the seeds, and a dot where
-    the model grows."""
+def plot_lines(file, rows):
+    """A panel for each column of the rows of --curves, or of signatures.py by visit: mean and range over the seeds of
+    each model. Training is drawn against its FLOPs, with a dot where the model grows."""
     Figure, = optional("matplotlib.figure", "Figure")
-    figure = Figure(figsize=(3 * n_hops, 3), layout="constrained")
-    for hop, axis in enumerate(figure.subplots(1, n_hops, sharey=True)):
-        for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            # 1. the seeds of one model at each step; a step that one of them lacks is left out
-            steps, seeds = {}, {row["seed"] for row in rows if row["model"] == model}
-            for row in rows:
-                if (row["model"], row["column"]) == (model, f"hops-{hop}"):
-                    steps.setdefault(row["step"], {})[row["seed"]] = row
-            steps = [list(found.values()) for found in steps.values() if found.keys() == seeds]
-            if not steps:       # a log of other text
-                continue
-            # 2. their mean and range, and a dot where the next line of the log is of a deeper model
-            shares = [statistics.mean(row["flops_share"] for row in found) for found in steps]
-            values = torch.tensor([[row["value"] for row in found] for found in steps])     # (steps, seeds)
-            depths = [found[0]["depth"] for found in steps]
-            axis.plot(shares, values.mean(1), color=f"C{i}", label=model)
-            axis.fill_between(shares, values.amin(1), values.amax(1), color=f"C{i}", alpha=0.15, linewidth=0)
-            for place in (p for p in range(1, len(depths)) if depths[p] > depths[p - 1]):
-                axis.plot(shares[place - 1], values[place - 1].mean(), "o", color=f"C{i}", markersize=4)
-        axis.axhline(TASKS["hops-0"][2], color="grey", linewidth=0.7, linestyle=":")
-        axis.set(title=f"{hop} hop{'s' * (hop != 1)}", xlabel="share of a plain model's FLOPs", ylim=(0, 1.02))
-    figure.axes[0].set_ylabel("accuracy")
+    (_, cells, names, columns), = tables_of(rows)
+    x = "visit" if "visit" in rows[0] else "flops_share"
+    figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+        lines = {}      # {model and path: [{seed: row} of each step or visit]}
+        for name in names:
+            if (name, column) in cells:
+                lines.setdefault(re.sub(" (step|visit) .*", "", name), []).append(cells[name, column])
+        for i, (name, places) in enumerate(lines.items()):
+            # 1. mean and range; a step that one of the seeds lacks is left out
+            seeds = set().union(*places)
+            found = [list(by_seed.values()) for by_seed in places if by_seed.keys() == seeds]
+            at, mean = ([statistics.mean(row[key] for row in place) for place in found] for key in (x, "value"))
+            low, high = ([end(row["value"] for row in place) for place in found] for end in (min, max))
+            axis.plot(at, mean, color=f"C{i}", label=name)
+            axis.fill_between(at, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            # 2. a dot where the next line of the log is of a deeper model
+            depths = [place[0].get("depth") for place in found]
+            grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
+            axis.plot([at[p] for p in grows], [mean[p] for p in grows], "o", color=f"C{i}", markersize=4)
+        if column in TASKS:
+            axis.axhline(TASKS[column][2], color="grey", linewidth=0.7, linestyle=":")
+            axis.set_ylim(0, 1.02)
+        axis.set(title=column, xlabel="visit" if x == "visit" else "share of a plain model's FLOPs")
     figure.axes[0].legend(fontsize="small")
-    save_figure(file, figure)
+    figure.savefig(file, dpi=120)
 
 
 def tables_of(rows):
     """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. A line is a model, or a
-    model along a path; what is measured again counts once."""
+    model along a path; what is measured again counts once. Raises ValueError where two runs would be taken for one."""
+    runs = {}
+    for row in rows:
+        other = runs.setdefault((row["model"], row["seed"]), row.get("run"))
+        if other != row.get("run"):
+            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}
         for row in (row for row in rows if row["table"] == table):
@@ -742,17 +728,9 @@ def print_differences(rows, names):
             print_lines(f"{table}: {what.format(*names)}", lines)
 
 
-def check_names(rows):
-    """Raises ValueError where rows of two models would be taken for one."""
-    runs = {}
-    for row in rows:
-        if (other := runs.setdefault((row["model"], row["seed"]), row.get("run"))) != row.get("run"):
-            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
-
-
 def scale_of(row):
     """-> scale and digits: FLOPs are a share of a plain model's, what is counted in n examples is a percentage."""
-    return (100, 0) if row["column"] == "flops" else (100, 1) if "n" in row else (1, 3)
+    return (100, 0) if row["column"] == "flops" else (100, 1) if "n" in row else (1, 4 if "se" in row else 3)
 
 
 def cell(rows, seeds):
@@ -777,14 +755,26 @@ def label_of(name, checkpoint):
     return file, seed
 
 
-def load_labelled(names, device):
-    """The models of a command, one after another -> name, label, seed, model, checkpoint."""
-    for name in names:          # a mistyped one is noticed before the first is measured
+def rows_of_models(args, measure):
+    """What a command measures of its models, one after another -> rows, each appended to --results as it comes.
+    measure(args, model, checkpoint) yields table, suffix of the line, column, score."""
+    device, rows = pick_device(args.device), []
+    for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in names:
+    for name in args.models:
         model, checkpoint = load_checkpoint(name, device)
-        yield name, *label_of(name, checkpoint), model, checkpoint
+        label, seed = label_of(name, checkpoint)
+        if args.data:           # in place of the model's own held-out text
+            text = rows_of(args.data, checkpoint, model.config.context, 64)
+            checkpoint["heldout"] = {os.path.basename(args.data): text}
+        measured = measure(args, model, checkpoint)
+        for table, suffix, column, score in tqdm(measured, desc=name, unit=" rows", leave=False, disable=None):
+            rows.append({"table": table, "model": label, "suffix": suffix, "seed": seed, "run": name, "column": column,
+                         **score})
+            if args.results:
+                append_rows(args.results, rows[-1:])
+    return rows
 
 
 def make_parser():
@@ -792,12 +782,14 @@ def make_parser():
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
     # what to measure
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS),
+    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS,
                         help="default: all; --tasks alone: losses only")
     parser.add_argument("-n", type=positive_int, help="examples a task (default: 200: standard errors up to 3.5 "
                                                       "points), or questions (default: all)")
-    parser.add_argument("--shots", type=int, nargs="+", help="in-context curve: numbers of worked examples")
-    parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
+    parser.add_argument("--shots", type=int, nargs="+", action="extend",
+                        help="in-context curve: numbers of worked examples")
+    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend",
+                        help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
@@ -832,28 +824,22 @@ def main():
         raise ValueError("--compare takes two lines, or four")
     if min(args.shots or [0]) < 0:
         raise ValueError("--shots are 0 or more")
-    check_outputs([], [args.results], args.plot)
+    check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
+    args.tasks = list(TASKS) if args.tasks is None else args.tasks
     rows = list(read_jsonl(args.table)) if args.table else []
     if any(not {"table", "model", "column", "seed"} <= row.keys() or type(row.get("value")) not in (int, float)
            for row in rows):
         raise ValueError(f"{args.table} has rows that --results did not write")
-    for name, label, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
-        measured = measure(args, model, checkpoint)
-        for table, suffix, column, score in tqdm(measured, desc=name, unit=" rows", leave=False, disable=None):
-            rows.append({"table": table, "model": label, "suffix": suffix, "seed": seed, "run": name, "column": column,
-                         **score})
-            if args.results:
-                append_rows(args.results, rows[-1:])
+    rows += rows_of_models(args, measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
-    check_names(rows)
     if args.plot:
-        rows = [row for row in rows if row["table"] == "training"]
-        if not any(row["column"].startswith("hops-") for row in rows):
+        rows = [row for row in rows if row["table"] == "training" and row["column"] in HOPS]
+        if not rows:
             raise ValueError("there is no accuracy by hops to draw: it is in the logs of runs on the built-in world")
-        plot_curves(args.plot, rows)
+        plot_lines(args.plot, rows)
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:

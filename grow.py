@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--out", required=True, help="NAME.pt, or else a Hugging Face directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
     args, given = read_options(parser, excludes={"loop": ("path", "method", "block"), "path": ("method", "block")})
-    check_outputs([args.out])
+    check_outputs(args.out)
     if args.out.endswith(".pt") and "dtype" in given:
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
 

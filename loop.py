@@ -14,11 +14,10 @@ import re
 import zlib
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
-                   positive_int, read_options, run_script, save_figure)
+                   positive_int, read_options, run_script, score_targets)
 
 # -----------------------------------------------------------------------------
 # paths that loop, and how they are written
@@ -74,9 +73,9 @@ def loop_of(path):
 
 
 def add_path_options(parser):
-    parser.add_argument("--loop", nargs="+", default=[], metavar="E-LxK-D",
+    parser.add_argument("--loop", nargs="+", action="extend", metavar="E-LxK-D",
                         help="along a loop: of 8 layers, 3-2x2-3 visits layers 3-4 twice")
-    parser.add_argument("--path", nargs="+", default=[], metavar="PATH",
+    parser.add_argument("--path", nargs="+", action="extend", metavar="PATH",
                         help="along any path: 0-3,2-5,4-7 (inclusive) loops, 0-3,6-7 skips")
 
 
@@ -84,11 +83,11 @@ def paths_of(args, config=None):
     """--loop and --path of a command -> {what was written: path}, checked against the model's layers, if there is
     a model."""
     paths = {}
-    for text in args.loop:
+    for text in args.loop or []:
         n_layer, paths[text] = parse_loop(text)
         if config and n_layer != config.n_layer:
             raise ValueError(f"--loop {text} is of {n_layer} layers, the model has {config.n_layer}")
-    for text in args.path:
+    for text in args.path or []:
         paths[text] = config.resolve_path(parse_path(text)) if config else parse_path(text)
     return paths
 
@@ -136,19 +135,6 @@ def scan(model, tokens, targets, blocks, visits=2, batch=8):
         yield block, loss, right
 
 
-def score_targets(model, hidden, targets):
-    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, and each row has some that are) -> by
-    row, the mean loss of its scored tokens in nats (B,), and whether all of them are the likeliest (B,)."""
-    scored = targets >= 0
-    # only scored positions reach the head: of a large vocabulary it is most of the work
-    logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
-    losses = F.cross_entropy(logits, targets[scored], reduction="none")         # (scored tokens,)
-    wrong = (logits.argmax(-1) != targets[scored]).float()                      # (scored tokens,)
-    # sums by row
-    row, zeros = scored.nonzero()[:, 0], torch.zeros(len(targets), device=targets.device)
-    return zeros.index_add(0, row, losses) / scored.sum(1), zeros.index_add(0, row, wrong) == 0
-
-
 def mean_and_error(differences):
     """Differences (n,) over the same examples -> their mean, and its standard error."""
     return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
@@ -171,94 +157,82 @@ def show(model, checkpoint, args):
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
-        torch.manual_seed(args.seed)    # the same draws along every path
-        text = complete(model, tokenizer, args.prompt, args.length, path, args.temperature)
+        text = complete(model, tokenizer, args.prompt, args.length, path)
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}"
               + (f"\nheld-out loss: {losses}" if losses else "") + f"\n{args.prompt}|{text}")
 
 
 def show_scan(model, checkpoint, args):
-    """Runs the scan, prints the ten best blocks, and writes rows and a heat map."""
-    from evaluate import append_rows, examples_of       # only here: evaluate.py imports this file
+    """Runs the scan, prints the ten best blocks, and draws a heat map."""
+    from evaluate import append_rows, examples_of, label_of, print_tables       # here: evaluate.py imports this file
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
-    rows, fingerprint = known_rows(model, tokens, targets, args)
-    # 1. the blocks that no earlier command has measured
-    n_layer, known = model.config.n_layer, {(row["start"], row["end"]) for row in rows}
-    blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer) if (start, end) not in known]
-    measured = scan(model, tokens, targets, blocks, args.visits)
-    # 2. their gain over the plain model, above 0 where a block helps; even examples choose, odd ones report
-    kind = "loss" if args.data else args.by
-    _, plain_loss, plain_right = next(measured)
-    for (start, end), loss, right in tqdm(measured, total=len(blocks), unit="block", disable=None):
-        gain = plain_loss - loss if kind == "loss" else right.float() - plain_right.float()     # (n,)
-        (chosen, chosen_se), (reported, reported_se) = mean_and_error(gain[::2]), mean_and_error(gain[1::2])
-        rows.append({"of": fingerprint, "start": start, "end": end, "chosen": chosen, "chosen_se": chosen_se,
-                     "reported": reported, "reported_se": reported_se})
-        if args.rows:
-            append_rows(args.rows, rows[-1:])
-    # 3. the best
-    plain = (plain_loss if kind == "loss" else plain_right.float()).mean().item()
-    print(f"plain model: {kind} {plain:.4f} on {len(tokens)} examples. The blocks that gain most when visited "
-          f"{args.visits} times,\nchosen on one half of the examples, reported on the other (mean, standard error):")
-    best = print_best(rows, n_layer, args.visits)
-    if args.results:
-        n = {} if kind == "loss" else {"n": len(tokens) // 2}
-        append_rows(args.results, result_rows(args, checkpoint, plain, best, n))
+    # 1. the gain of each block
+    (label, seed), what = label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
+    shared = {"model": label, "seed": seed, "run": args.model} | ({} if args.data else {"n": len(tokens) // 2})
+    title = f"gain of {args.visits} visits: {what}"
+    plain, gains = measure_gains(model, tokens, targets, args, {"table": title, **shared})
+    # 2. the best
+    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
+    print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
+          f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
+    print_tables([rows[block] for block in best for rows in gains.values()])
+    if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
+        first = gains["reported"][best[0]]
+        row = {"table": f"scan: the best block visited {args.visits} times", **shared, "column": what}
+        append_rows(args.results, [{**row, "value": plain}, {**row, "model": f"{label} gain", "value": first["value"],
+                                                             "se": first["se"], "loop": first["suffix"].strip()}])
     if args.plot:
-        plot_scan(args.plot, rows, n_layer, f"gain in {kind} of {args.visits} visits")
+        plot_scan(args.plot, gains, model.config.n_layer, title)
 
 
-def known_rows(model, tokens, targets, args):
-    """The rows of an earlier command in --rows, and the checksum of what is measured, by content: a copy of the model
-    or of the data is the same. Raises ValueError where the rows are of something else."""
-    from evaluate import read_jsonl
-    fingerprint = zlib.crc32(f"{args.visits} {args.by}".encode())
+def measure_gains(model, tokens, targets, args, shared):
+    """-> the plain model's score, and each block's gain over it, above 0 where the block helps: {half: {block: row}}.
+    By the even examples a block is "chosen", on the odd ones it is "reported". What --results has of this scan is not
+    measured again."""
+    from evaluate import append_rows, read_jsonl
+    # 1. a scan is known by the content of its model and its examples: a copy of them is the same
+    of = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
-        fingerprint = zlib.crc32(tensor.cpu().numpy().tobytes(), fingerprint)
-    rows = list(read_jsonl(args.rows)) if args.rows and os.path.exists(args.rows) else []
-    if any(row.get("of") != fingerprint for row in rows):
-        raise ValueError(f"{args.rows} holds the scan of another model, other examples or other --visits")
-    return rows, fingerprint
+        of = zlib.crc32(tensor.cpu().numpy().tobytes(), of)
+    gains = {"chosen": {}, "reported": {}}
+    for row in read_jsonl(args.results) if args.results and os.path.exists(args.results) else []:
+        if row.get("of") == of:
+            gains[row["column"]][row["start"], row["end"]] = row
+    # 2. the other blocks
+    n_layer = model.config.n_layer
+    blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
+              if (start, end) not in gains["reported"]]
+    measured = scan(model, tokens, targets, blocks, args.visits)
+    score = (lambda loss, right: -loss) if args.data else (lambda loss, right: right.float())
+    plain = score(*next(measured)[1:])                                  # (n,)
+    for (start, end), *found in tqdm(measured, total=len(blocks), unit="block", disable=None):
+        loop = f"{start}-{end - start + 1}x{args.visits}-{n_layer - end - 1}"
+        for i, half in enumerate(gains):
+            value, se = mean_and_error((score(*found) - plain)[i::2])
+            gains[half][start, end] = {**shared, "suffix": f" {loop}", "column": half, "value": value, "se": se,
+                                       "of": of, "start": start, "end": end}
+        if args.results:
+            append_rows(args.results, [rows[start, end] for rows in gains.values()])
+    return plain.abs().mean().item(), gains
 
 
-def print_best(rows, n_layer, visits):
-    """Prints the ten blocks that gain most on the half that chooses -> the first of them, with its loop."""
-    print(f"{'loop':>14}  {'chosen':>17}  {'reported':>17}")
-    best = sorted(rows, key=lambda row: -row["chosen"])[:10]
-    for row in best:
-        row["loop"] = f"{row['start']}-{row['end'] - row['start'] + 1}x{visits}-{n_layer - row['end'] - 1}"
-        print(f"{row['loop']:>14}  {row['chosen']:>+8.4f} ±{row['chosen_se']:.4f}  "
-              f"{row['reported']:>+8.4f} ±{row['reported_se']:.4f}")
-    return best[0]
-
-
-def result_rows(args, checkpoint, plain, best, n):
-    """What evaluate.py --table prints of a scan: the plain model, and the gain of the best block."""
-    from evaluate import label_of
-    label, seed = label_of(args.model, checkpoint)
-    row = {"table": f"scan: the best block visited {args.visits} times", "seed": seed, "run": args.model,
-           "column": os.path.basename(args.data or args.questions or args.task), "loop": best["loop"], **n}
-    return [{**row, "model": label, "value": plain},
-            {**row, "model": f"{label} gain", "value": best["reported"], "se": best["reported_se"]}]
-
-
-def plot_scan(file, rows, n_layer, title):
+def plot_scan(file, gains, n_layer, title):
     """A heat map: first layer of the block by last, the gain as the colour."""
     Figure, = optional("matplotlib.figure", "Figure")
-    gains = torch.full((n_layer, n_layer), torch.nan)
-    for row in rows:
-        gains[row["start"], row["end"]] = (row["chosen"] + row["reported"]) / 2     # over all examples
-    most = gains.nan_to_num().abs().max().item()    # white is no change
+    values = torch.full((n_layer, n_layer), torch.nan)
+    for block, row in gains["chosen"].items():
+        values[block] = (row["value"] + gains["reported"][block]["value"]) / 2      # over all examples
+    most = values.nan_to_num().abs().max().item()   # white is no change
     figure = Figure(layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(gains, cmap="RdBu", vmin=-most, vmax=most, origin="lower")
+    image = axis.imshow(values, cmap="RdBu", vmin=-most, vmax=most, origin="lower")
     axis.set(title=title, xlabel="last layer of the block", ylabel="first layer")
     figure.colorbar(image)
-    save_figure(file, figure)
+    figure.savefig(file, dpi=120)
 
 
 def main():
@@ -268,28 +242,22 @@ def main():
     # the demo
     parser.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
     parser.add_argument("--length", type=positive_int, default=48, help="tokens to write (default: 48)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, so that paths compare")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the built-in tasks (default: 0)")
     # the scan
     parser.add_argument("--scan", action="store_true", help="visit every block once more: which one helps?")
     parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
     parser.add_argument("--task", default="hops-2", help="what it asks: a task of evaluate.py (default: hops-2)")
     parser.add_argument("--data", metavar="FILE", help="in place of a task: text, scored by its loss")
     parser.add_argument("--questions", metavar="FILE.jsonl", help="in place of a task: your questions and answers")
-    parser.add_argument("--by", choices=["accuracy", "loss"], default="accuracy",
-                        help="gain in exact answers, or in nats per token of the answer (--data: always nats)")
     parser.add_argument("-n", type=positive_int, default=200, help="examples, or rows of text (default: 200)")
-    parser.add_argument("--rows", metavar="FILE.jsonl", help="keep each block's row here, and go on from there")
-    parser.add_argument("--results", metavar="FILE", help="append the best block's gain, for evaluate.py --table")
+    parser.add_argument("--seed", type=int, default=0, help="of the task's questions (default: 0)")
+    parser.add_argument("--results", metavar="FILE.jsonl", help="append each block's gain; go on from what is there")
     parser.add_argument("--plot", metavar="FILE.png", help="a heat map of the scan (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
-    demo, asked = ("loop", "path", "prompt", "length", "temperature"), ("task", "data", "questions")
     args, _ = read_options(
-        parser, {"scan": demo, "data": ("task", "questions", "by", "seed"), "questions": ("task", "seed")},
-        requires={"scan": (*asked, "visits", "by", "n", "rows", "results", "plot")})
-    check_outputs([], [args.rows, args.results], args.plot)
-    if not args.temperature >= 0:
-        raise ValueError("--temperature must be 0 or more")
+        parser, {"scan": ("loop", "path", "prompt", "length"), "data": ("task", "questions", "seed"),
+                 "questions": ("task", "seed")},
+        requires={"scan": ("task", "data", "questions", "visits", "n", "seed", "results", "plot")})
+    check_outputs(rows=args.results, plot=args.plot)
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     (show_scan if args.scan else show)(model, checkpoint, args)
 

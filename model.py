@@ -295,7 +295,11 @@ class GPT(nn.Module):
         wrong = sorted(info["missing_keys"]) + [x for x in info["unexpected_keys"] if not x.endswith("inv_freq")]
         if wrong:
             raise ValueError(f"{name_or_dir} lacks weights, or has weights that its config does not: {wrong[0]}")
-        model, theirs = cls(config_from_llama(hf)), hf.state_dict()
+        settings = {ours: getattr(hf.config, theirs) for ours, theirs in SETTINGS.items()}
+        extra = {name: getattr(hf.config, name) for name in EXTRA}
+        # inv_freq is what the model computes with: rope_theta alone does not tell a scaled rope
+        model = cls(GPTConfig(**settings, rope_freqs=hf.model.rotary_emb.inv_freq.tolist(), hf_extra=extra))
+        theirs = hf.state_dict()
         for ours, p in model.named_parameters():
             p.data.copy_(torch.cat([theirs.pop(name) for name in llama_names(ours)]))   # q, k, v become one matrix
         assert not theirs.keys() - {"lm_head.weight"}, "weights that have no place here: another architecture"
@@ -306,9 +310,13 @@ class GPT(nn.Module):
         transformers, vLLM and llama.cpp open. files: {name: bytes} to write beside it, as a checkpoint's
         tokenizer["files"]. Raises ValueError where the directory exists."""
         LlamaConfig, Llama = optional("transformers", "LlamaConfig", "LlamaForCausalLM")
-        check_outputs([folder])
+        check_outputs(folder)
         path = self.config.resolve_path(path)
-        hf = Llama(LlamaConfig(**llama_settings(self.config, len(path))))
+        settings = {theirs: getattr(self.config, ours) for ours, theirs in SETTINGS.items()}
+        extra = self.config.hf_extra or {       # of a model of our own
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.config.rope_theta},
+            "bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
+        hf = Llama(LlamaConfig(**settings | extra | {"num_hidden_layers": len(path)}))
         state = {"lm_head.weight": self.head.weight}
         for name, p in self.parameter_sources(path).items():
             parts = llama_names(name)
@@ -333,14 +341,36 @@ class GPT(nn.Module):
         return sources
 
 
+# -----------------------------------------------------------------------------
+# scoring
+
 @torch.no_grad()
-def estimate_loss(model, rows, path=None, batch=16):
+def score_rows(model, tokens, targets, path=None, batch=16):
+    """tokens, targets (n, T) -> loss and right of score_targets, (n,) each. An answer is right when each of its tokens
+    is the likeliest after the true ones before: then greedy decoding gives it, in one forward pass."""
+    device, scores = model.embed.weight.device, []
+    for part, target in zip(tokens.split(batch), targets.split(batch)):
+        scores.append(score_targets(model, model.hidden(part.to(device), path), target.to(device)))
+    return [torch.cat(column).cpu() for column in zip(*scores)]
+
+
+def score_targets(model, hidden, targets):
+    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, and each row has some that are) -> by
+    row, the mean loss of its scored tokens in nats (B,), and whether all of them are the likeliest (B,)."""
+    scored = targets >= 0
+    # only scored positions reach the head: of a large vocabulary it is most of the work
+    logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
+    losses = F.cross_entropy(logits, targets[scored], reduction="none")         # (scored tokens,)
+    wrong = (logits.argmax(-1) != targets[scored]).float()                      # (scored tokens,)
+    # sums by row
+    row, zeros = scored.nonzero()[:, 0], torch.zeros(len(targets), device=targets.device)
+    return zeros.index_add(0, row, losses) / scored.sum(1), zeros.index_add(0, row, wrong) == 0
+
+
+def estimate_loss(model, rows, path=None):
     """Mean cross-entropy (nats per token) on rows (n, T + 1) of token ids."""
-    total = 0.0     # a sum over rows, since the last batch may be smaller
-    for part in rows.split(batch):
-        part = part.to(model.embed.weight.device).long()                # (batch, T + 1)
-        total += model(part[:, :-1], part[:, 1:], path)[1].item() * len(part)
-    return total / len(rows)
+    rows = rows.long()
+    return score_rows(model, rows[:, :-1], rows[:, 1:], path)[0].mean().item()
 
 # -----------------------------------------------------------------------------
 # Hugging Face's names: the same architecture, with q, k, v and gate, up in matrices of their own
@@ -357,6 +387,10 @@ def optional(module, *names):
 PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
          "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
          "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
+SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+            "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "d_ff": "intermediate_size",
+            "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
+EXTRA = ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")     # kept for the way back
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
        "head.weight": "lm_head.weight"}
 
@@ -379,33 +413,8 @@ def check_llama(hf):
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if head_dim * hf.num_attention_heads != hf.hidden_size:
         raise ValueError(f"head_dim {head_dim} is not supported, only hidden_size / num_attention_heads")
-
-
-def config_from_llama(model):
-    """A loaded LlamaForCausalLM -> GPTConfig. Rotary frequencies are the model's own, so that Llama 3's scaled
-    rope works. Raises ValueError where they depend on the length or scale attention."""
-    hf, rope = model.config, model.model.rotary_emb
-    # inv_freq is what the model computes with: rope_theta alone does not tell a scaled rope
-    rope_type = hf.rope_parameters["rope_type"]
-    if rope_type in ("dynamic", "longrope") or rope.attention_scaling != 1:
-        raise ValueError(f"rope_type {rope_type!r} is not supported: its frequencies or scores change")
-    extra = {"rope_parameters": dict(hf.rope_parameters), "bos_token_id": hf.bos_token_id,
-             "eos_token_id": hf.eos_token_id, "pad_token_id": hf.pad_token_id}
-    return GPTConfig(
-        vocab_size=hf.vocab_size, n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads,
-        n_kv_head=hf.num_key_value_heads, n_embd=hf.hidden_size, d_ff=hf.intermediate_size,
-        context=hf.max_position_embeddings, rope_theta=hf.rope_parameters["rope_theta"],
-        rope_freqs=rope.inv_freq.tolist(), norm_eps=hf.rms_norm_eps, tied=hf.tie_word_embeddings, hf_extra=extra)
-
-
-def llama_settings(config, depth):
-    """GPTConfig -> the arguments of LlamaConfig, for a model of `depth` untied layers."""
-    extra = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-             "bos_token_id": config.eot, "eos_token_id": config.eot}
-    return {"vocab_size": config.vocab_size, "num_hidden_layers": depth, "hidden_size": config.n_embd,
-            "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
-            "intermediate_size": config.d_ff, "max_position_embeddings": config.context,
-            "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, **(config.hf_extra or extra)}
+    if (rope := hf.rope_parameters["rope_type"]) not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type {rope!r} is not supported: its frequencies or scores change")
 
 # -----------------------------------------------------------------------------
 # opening and saving: tokenizers, checkpoints, and what every script does at its start
@@ -508,10 +517,6 @@ def save_atomically(file, write):
             os.remove(part)
 
 
-def save_figure(file, figure):
-    save_atomically(file, lambda f: figure.savefig(f, format=os.path.splitext(file)[1][1:] or "png", dpi=120))
-
-
 def save_checkpoint(file, model, **more):
     """A dict of config, model (weights), tokenizer (a spec of get_tokenizer), heldout ({name: rows}), and what
     train.py needs to go on. Only tensors, numbers, texts, lists and dicts: reading it runs no code."""
@@ -531,10 +536,10 @@ def load_checkpoint(name, device="cpu"):
         if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
             raise ValueError(f"{name} has a tokenizer of more tokens than the model: resize its embeddings first")
         return model.to(device), {"tokenizer": spec, "heldout": {}}
-    with open(name, "rb") as f:
-        data = io.BytesIO(f.read())         # first, so that what fails below is the content and not the disk
+    if not os.path.exists(name):
+        raise ValueError(f"there is no file {name}")
     try:
-        checkpoint = torch.load(data, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(name, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:              # unpickling what is no checkpoint raises errors of every kind
@@ -542,19 +547,18 @@ def load_checkpoint(name, device="cpu"):
     return model.to(device), {"tokenizer": None, "heldout": {}, **checkpoint}
 
 
-def check_outputs(new=(), rows=(), plot=None):
-    """The rule for outputs, checked before any work: nothing is overwritten, rows are appended to .jsonl files only,
+def check_outputs(new=None, rows=None, plot=None):
+    """The rule for outputs, checked before any work: nothing is overwritten, rows are appended to a .jsonl file only,
     and a figure can be drawn. Raises ValueError."""
     if plot:
         optional("matplotlib.figure")
         if not plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"{plot}: a figure is a .png, .pdf or .svg")
-    for file in (*new, plot):
+    for file in (new, plot):
         if file and os.path.exists(file):
             raise ValueError(f"{file} exists: choose another name, or remove it")
-    for file in rows:
-        if file and not file.endswith(".jsonl"):
-            raise ValueError(f"{file}: rows go to a .jsonl file")
+    if rows and not rows.endswith(".jsonl"):
+        raise ValueError(f"{rows}: rows go to a .jsonl file")
 
 
 def pick_device(text="auto"):
@@ -579,12 +583,9 @@ def read_options(parser, excludes={}, requires={}):
     """-> args, and the names that were given. excludes: {name: names that mean nothing beside it}, requires: {name:
     names that mean nothing without it}. Raises ValueError for what would be ignored."""
     # argparse does not tell a default that was typed from one that was not: parse once more, and see what stays `unset`
-    args, unset = parser.parse_args(), object()
+    args, unset = parser.parse_args(), []
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
-    for name, value in vars(args).items():
-        if isinstance(value, list) and sys.argv.count(f"--{name}") > 1:
-            raise ValueError(f"--{name} is given twice: write all of them after one, or only the last one would count")
     wrong = [(other, f"does not go with --{name}") for name in given & excludes.keys() for other in excludes[name]]
     wrong += [(other, f"goes only with --{name}") for name in requires.keys() - given for other in requires[name]]
     for other, why in wrong:

@@ -14,12 +14,13 @@ Interventions are paths, or masks of the positions at which a visit is kept; the
 import argparse
 import statistics
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from evaluate import append_rows, check_names, load_labelled, print_tables, rows_of
+from evaluate import append_rows, plot_lines, print_tables, rows_of_models
 from loop import add_path_options, loop_of, paths_of
-from model import check_outputs, estimate_loss, optional, pick_device, positive_int, run_script, save_figure
+from model import check_outputs, estimate_loss, positive_int, run_script
 
 # -----------------------------------------------------------------------------
 # running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
@@ -76,15 +77,13 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     can be read.
     """
     path, h, a, m, last = trace(model, tokens, path)
-    T, update, rope_and_mask = tokens.shape[1], a + m, model.rope_and_mask(tokens)
+    update, rope_and_mask = a + m, model.rope_and_mask(tokens)
     # 1. where a visit is left out, and where its effect is read
-    if future is not None and not 1 < future < T:
-        raise ValueError(f"expected a future position from 2 to {T - 1}, not {future}")
     begins = tokens == (-1 if model.config.eot is None else model.config.eot)          # (B, T)
     begins[:, 0] = True     # a row may begin within a document
     skipped, read = ~begins, ~begins    # a document's first token keeps the visit, and is not read
     if future is not None:
-        document, place = begins.cumsum(1), torch.arange(T, device=tokens.device)
+        document, place = begins.cumsum(1), torch.arange(tokens.shape[1], device=tokens.device)
         cut = document == document[:, future - 1:future]        # the document that goes on at t
         skipped, read = skipped & cut & (place < future), read & cut & (place >= future)
     rows = skipped.any(1) & read.any(1)                 # a row where nothing is left out, or read, says nothing
@@ -201,16 +200,16 @@ def period_share(curve, block):
 
 
 def convergence(curve, other):
-    """Correlation of two models' curves, the shorter stretched to the longer: 1 for a model with itself."""
-    n = max(len(curve), len(other))
-    curve, other = (F.interpolate(c.float()[None, None], size=n, mode="linear", align_corners=True)[0, 0]
-                    for c in (curve, other))
-    return torch.corrcoef(torch.stack((curve, other)))[0, 1].item()
+    """Correlation of two models' curves, the shorter stretched to the longer: 1 for a model with itself. A choice of
+    this project."""
+    places = np.linspace(0, 1, max(len(curve), len(other)))
+    curve, other = (np.interp(places, np.linspace(0, 1, len(c)), c) for c in (curve, other))
+    return np.corrcoef(curve, other)[0, 1].item()
 
 # -----------------------------------------------------------------------------
 # all of them for one model, and what is printed
 
-COMPARED = ["attention", "mlp", "cos_attention", "cos_mlp", "skip_output", "skip_later"]    # in the convergence
+BY_VISIT = ["update", "cos_attention", "skip_output", "skip_later", "exit_kl", "exit_top5"]     # in table and figure
 
 
 def all_signatures(model, rows, block, path=None):
@@ -231,20 +230,20 @@ def all_signatures(model, rows, block, path=None):
     return result
 
 
-def numbers(model):
+def numbers(curves, block):
     """The claims as numbers, of one model -> {table: {column: value}}"""
-    curves, block, tables = model["curves"], model["block"], {}
+    depth, tables = len(curves["update"]), {}
     tables["1a: late over middle, the last third of visits over the middle third"] = {
         name: late_over_middle(curves[name])
         for name in ("skip_output", "skip_later", "local_later", "update", "attention", "mlp")}
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
-    if len(model["path"]) >= 3 * block + 1 and block > 1:       # without the first and the last block, more than one
+    if depth >= 3 * block + 1 and block > 1:        # without the first and the last block, more than one
         period = {}
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
         tables["1b: share of variance that visit mod block explains"] = period
-    if block < len(model["path"]):
+    if block < depth:
         tables["weights: cosine of visits apart"] = {
             f"by {apart}": curves["weights"].diagonal(apart).mean().item() for apart in sorted({1, block})}
     tables["change of the loss, mean over places"] = {
@@ -252,54 +251,41 @@ def numbers(model):
     return tables
 
 
-def rows_of_models(models):
-    """numbers() and the convergence of all models -> rows as evaluate.py's, which prints their spread over seeds."""
-    rows = []
-
-    def add(model, table, column, value):
-        rows.append({"table": table, "model": model["name"], "seed": model["seed"], "run": model["file"],
-                     "column": column, "value": value})
-    for model in models:
-        for table, columns in numbers(model).items():
+def measure(args, model, checkpoint):
+    """Curves by visit, and numbers, of one model along each path -> table, suffix of its line, column, score, as
+    evaluate.measure."""
+    if not checkpoint["heldout"]:
+        raise ValueError("this model came without held-out text: give some with --data FILE")
+    rows = next(iter(checkpoint["heldout"].values()))[:args.rows]       # of a run, its general text
+    for name, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
+        looped, suffix = loop_of(path), f" {name}" if name else ""
+        block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
+        curves = all_signatures(model, rows, block, path)
+        for column in BY_VISIT:
+            for visit, value in enumerate(curves[column].tolist()):
+                yield "by visit", f"{suffix} visit {visit}", column, {"value": value, "visit": visit}
+        for table, columns in numbers(curves, block).items():
             for column, value in columns.items():
-                add(model, table, column, value)
-        for name in dict.fromkeys(other["name"] for other in models):
-            # another method is compared within the seed; the method itself with all its other seeds
-            itself = name == model["name"]
-            others = [other["curves"] for other in models if other["name"] == name and (
-                other["seed"] != model["seed"] if itself else other["seed"] == model["seed"])]
-            if others:
-                add(model, "convergence: correlation of two models' curves", name, statistics.mean(
-                    convergence(model["curves"][curve], other[curve]) for other in others for curve in COMPARED))
-    return rows
+                yield table, suffix, column, {"value": value}
 
 
-def bars(path, result, names):
-    """One line a visit, one column of bars a curve: a plot that a terminal can show."""
-    print("visit layer  " + "".join(f"{name:<24}" for name in names))
-    for visit, index in enumerate(path):
-        line = f"{visit:>5} {index:>5}  "
-        for name in names:
-            value = result[name][visit].item() if visit < len(result[name]) else 0.0
-            largest = result[name].abs().max().item() or 1.0    # the longest bar
-            line += f"{'#' * round(abs(value) / largest * 14):<14}{value:>7.3f}   "
-        print(line.rstrip())
-
-
-def plot(file, models):
-    """One figure: curves by visit, with their spread over the seeds."""
-    Figure, = optional("matplotlib.figure", "Figure")
-    figure = Figure(figsize=(14, 3.2), layout="constrained")
-    for axis, curve in zip(figure.subplots(1, 4), ["skip_output", "update", "cos_attention", "exit_kl"]):
-        for i, name in enumerate(dict.fromkeys(model["name"] for model in models)):
-            group = torch.stack([model["curves"][curve] for model in models if model["name"] == name])
-            axis.plot(group.mean(0), color=f"C{i}", marker=".", label=name)
-            if len(group) > 1:
-                low, high = group.mean(0) - group.std(0), group.mean(0) + group.std(0)
-                axis.fill_between(range(group.shape[1]), low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        axis.set(title=curve, xlabel="visit")
-    figure.axes[0].legend(fontsize="small")
-    save_figure(file, figure)
+def convergence_rows(rows):
+    """Of the curves in rows, the convergence of every two models, the mean over the curves: of different methods within
+    the seed, of a method with itself over the other seeds -> rows."""
+    curves = {}     # {(line, seed, run): {column: [value by visit]}}
+    for row in rows:
+        if "visit" in row:
+            line = row["model"] + row["suffix"].split(" visit ")[0]
+            curves.setdefault((line, row["seed"], row["run"]), {}).setdefault(row["column"], []).append(row["value"])
+    for (name, seed, run), mine in curves.items():
+        found = {}      # {other line: [its curves]}
+        for (other, other_seed, _), theirs in curves.items():
+            if seed != other_seed if other == name else seed == other_seed:
+                found.setdefault(other, []).append(theirs)
+        for other, others in found.items():
+            value = statistics.mean(convergence(mine[c], theirs[c]) for theirs in others for c in BY_VISIT)
+            yield {"table": "convergence: correlation of two models' curves", "model": name, "seed": seed, "run": run,
+                   "column": other, "value": value}
 
 # -----------------------------------------------------------------------------
 
@@ -307,41 +293,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
-    parser.add_argument("--rows", type=positive_int, default=32, help="held-out rows (default: 32, for two digits)")
+    parser.add_argument("--rows", type=positive_int, default=32, help="held-out rows up to 64 (default: 32)")
     parser.add_argument("--data", metavar="FILE", help="text in place of the run's held-out general text")
     parser.add_argument("--block", type=positive_int, help="size of blocks (default: the loop's or the run's, else 2)")
     parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl, for evaluate.py --table")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args = parser.parse_args()
-    check_outputs([], [args.results], args.plot)
-    models = []
-    for file, name, seed, model, checkpoint in load_labelled(args.models, pick_device(args.device)):
-        if args.data:
-            rows = rows_of(args.data, checkpoint, model.config.context, args.rows)
-        elif "general" in checkpoint["heldout"]:
-            rows = checkpoint["heldout"]["general"][:args.rows]
-        else:
-            raise ValueError(f"{file} has no held-out text: give some with --data FILE")
-        for suffix, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
-            looped = loop_of(path)
-            block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
-            label = f"{name} {suffix}".strip()
-            if any(other["name"] == label and len(other["path"]) != len(path) for other in models):
-                raise ValueError(f"{file}: another model of the name {label} has another depth: rename a folder")
-            curves = all_signatures(model, rows, block, path)
-            models.append({"file": file, "name": label, "seed": seed, "path": path,
-                           "block": block, "curves": curves})
-            if len(args.models) <= 4:           # of more, only the numbers
-                print(f"\n{file}: depth {len(path)}, {len(rows)} rows of text")
-                bars(path, curves, ["update", "cos_attention", "skip_output", "skip_later"])
-    rows = rows_of_models(models)
-    check_names(rows)
-    print_tables(rows)
+    check_outputs(rows=args.results, plot=args.plot)
+    rows = rows_of_models(args, measure)
+    found = list(convergence_rows(rows))
     if args.results:
-        append_rows(args.results, rows)
+        append_rows(args.results, found)
+    print_tables(rows + found)
     if args.plot:
-        plot(args.plot, models)
+        plot_lines(args.plot, [row for row in rows if "visit" in row])
 
 
 if __name__ == "__main__":

@@ -302,9 +302,10 @@ def make_parser():
                                                            "models copy later)")
     parser.add_argument("--seed", type=int, help="of the init, the text and its order (default: 0)")
     # the data
-    parser.add_argument("--data", nargs="+", metavar="FILE",
+    parser.add_argument("--data", nargs="+", action="extend", metavar="FILE",
                         help=".txt, .md, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
-    parser.add_argument("--math", nargs="+", metavar="FILE", help="for the cooldown (default: the world's)")
+    parser.add_argument("--math", nargs="+", action="extend", metavar="FILE",
+                        help="for the cooldown (default: the world's)")
     parser.add_argument("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     parser.add_argument("--math-share", type=float, help="share of math rows in the cooldown (default: 0.75)")
     parser.add_argument("--encoding", help="a tiktoken name (default: gpt2 for files, the world's words without)")

@@ -13,7 +13,7 @@ import torch
 from conftest import optional, refused, some_tokens, tiny_model, works, written
 
 import evaluate as E
-from model import get_tokenizer
+from model import get_tokenizer, score_rows
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,8 @@ def test_scoring_equals_greedy_generation(path, eot):
         prompt, n = some_tokens(1, 3 + i % 5, seed=i)[0].tolist(), 1 + i % 4
         answer = model.generate(torch.tensor([prompt]), n, path, temperature=0)[0, len(prompt):].tolist()
         examples.append((prompt, answer if i % 2 else answer[:-1] + [(answer[-1] + 1) % 61]))
-    assert E.is_right(model, examples, path, batch=7).tolist() == [bool(i % 2) for i in range(24)]
+    right = score_rows(model, *E.padded(examples), path, batch=7)[1]
+    assert right.tolist() == [bool(i % 2) for i in range(24)]
 
 
 def test_a_prompt_and_its_answer_are_encoded_together(bytes_for_gpt2, monkeypatch):
@@ -313,7 +314,7 @@ def test_the_command(trained, tmp_path):
         assert table in works(*common, "--tasks", "open-book", *more).stdout
     data = written(tmp_path / "a.txt", "Mia lives in Dover . " * 99)
     assert "a.txt" in works(*common, "--tasks", "--data", data).stdout
-    assert json.loads(works(*common, "--tasks", "--data", data, "--json").stdout.splitlines()[-1])["column"] == "a.txt"
+    assert json.loads(works(*common, "--tasks", "--data", data, "--json").stdout.splitlines()[-1])["column"] == "loss a.txt"
     refused("no file", "evaluate.py", model, "none.pt", "--results", tmp_path / "more.jsonl")
     assert not (tmp_path / "more.jsonl").exists()               # noticed before the first model was measured
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
@@ -342,8 +343,8 @@ def test_curves_of_the_logs(trained, tmp_path):
 def test_curves_of_seeds_with_different_logs_are_drawn_where_they_meet(tmp_path):
     """One seed that had run on from a checkpoint, with a line twice, ended the figure in a traceback."""
     optional("matplotlib")
-    rows = [{"table": "training", "model": "a", "seed": seed, "column": "hops-0", "value": 0.5, "step": step, "depth": 2,
-             "flops_share": 0.1 * step} for seed, steps in ((0, (0, 1, 2)), (1, (0, 1, 1, 2, 3))) for step in steps]
+    rows = [{"table": "training", "model": "a", "suffix": f" step {step}", "seed": seed, "column": "hops-0", "value": 0.5,
+             "depth": 2, "flops_share": 0.1 * step} for seed, steps in ((0, (0, 1, 2)), (1, (0, 1, 1, 2, 3))) for step in steps]
     file = written(tmp_path / "rows.jsonl", jsonl(*rows))
     works("evaluate.py", "--table", file, "--plot", tmp_path / "growth.png")
     losses = written(tmp_path / "losses.jsonl", jsonl(*({**row, "column": "loss general"} for row in rows)))
@@ -362,7 +363,7 @@ def test_outputs_overwrite_nothing(trained, tmp_path):
     model, data = tmp_path / "run" / "ckpt.pt", tmp_path / "run" / "log.jsonl"
     before = {file: file.read_bytes() for file in (model, data)}
     for name, option in (("signatures.py", "--plot"), ("signatures.py", "--results"),
-                         ("evaluate.py", "--results"), ("grow.py", "--out"), ("loop.py", "--plot"), ("loop.py", "--rows")):
+                         ("evaluate.py", "--results"), ("grow.py", "--out"), ("loop.py", "--plot"), ("loop.py", "--results")):
         scan = ["--scan"] if name == "loop.py" else []
         assert not refused("", name, model, *scan, option, model).stdout
     assert before == {file: file.read_bytes() for file in before}

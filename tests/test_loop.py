@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import optional, refused, some_tokens, tiny_model, works, written
 
-from loop import loop_of, loop_path, parse_loop, parse_path, scan, score_targets
+from loop import loop_of, loop_path, parse_loop, parse_path, scan
+from model import score_targets
 
 
 def test_loop_paths_by_hand():
@@ -69,7 +70,7 @@ def test_a_prompt_along_several_paths(trained):
     by_path = {name: rest for name, rest in re.findall(r"^(\S+)   depth .*\n((?:.*\n){2})", printed, re.M)}
     assert by_path["2-2x2-2"] == by_path["0-3,2-5"] != by_path["0-3,5"]         # losses and text
     assert re.findall(r"depth (\d+)", works(*command).stdout) == ["6", "7", "8", "10"]
-    for options, message in ((["--temperature", "nan"], "--temperature"), (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
+    for options, message in ((["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
                              (["--loop", "2,2,1"], "e-LxK-d"), (["--prompt", "k " * 200], "context")):
         refused(message, *command, *options)
 
@@ -79,26 +80,26 @@ def test_the_scan_by_command(trained, tmp_path):
     rows, text = tmp_path / "rows.jsonl", written(tmp_path / "a.txt", "Mia lives in Dover. " * 200)
     questions = written(tmp_path / "q.jsonl", '{"question": "1+1?", "answer": 2}\n' * 9)
     command = ["loop.py", trained / "ckpt.pt", "--scan", "-n", 8, "--device", "cpu"]
-    whole = works(*command, "--data", text, "--rows", rows).stdout
-    assert "plain model: loss" in whole and whole.count("±") == 20 and len(rows.read_text().splitlines()) == 21
+    whole = works(*command, "--data", text, "--results", rows).stdout
+    assert "plain model: loss" in whole and whole.count("±") == 20 and len(rows.read_text().splitlines()) == 2 * 21 + 2
     before = rows.read_text()
-    rows.write_text("".join(before.splitlines(True)[:7]))
-    assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
-    assert works(*command, "--data", text, "--rows", rows).stdout == whole and rows.read_text() == before
+    rows.write_text("".join(before.splitlines(True)[:6]))
+    assert works(*command, "--data", text, "--results", rows).stdout == whole and rows.read_text() == before
+    assert works(*command, "--data", text, "--results", rows).stdout == whole and len(rows.read_text()) < len(before) * 1.1
     long = written(tmp_path / "long.jsonl", ('{"question": "' + "1 + " * 200 + '1 ?", "answer": 2}\n') * 9)
     for options, message in ((["--task", "hops-9"], "no task hops-9"), (["--questions", long], "0 of 8"), (["-n", 3], "4"),
                              (["--visits", 1], "2 --visits"), (["--plot", "a.xyz"], ".png")):
         refused(message, *command, *options)
     refused("-n goes only with --scan", "loop.py", trained / "ckpt.pt", "-n", 4)
-    for other in (["--data", text, "--visits", 3], ["--questions", questions]):
-        refused("another", *command, *other, "--rows", rows)
-    assert "±" in works(*command, "--questions", questions).stdout and rows.read_text() == before
     deeper = tmp_path / "deeper.pt"
     works("grow.py", trained / "ckpt.pt", "--out", deeper)      # the same output head
-    refused("another", "loop.py", deeper, *command[2:], "--data", text, "--rows", rows)
+    for blocks, other in ((21, [*command, "--data", text, "--visits", 3]), (21, [*command, "--questions", questions]),
+                          (36, ["loop.py", deeper, *command[2:], "--data", text])):
+        n = len(rows.read_text().splitlines())
+        assert "±" in works(*other, "--results", rows).stdout and len(rows.read_text().splitlines()) == n + 2 * blocks + 2
     assert "accuracy" in works(*command).stdout
     optional("matplotlib")
-    works(*command, "--data", text, "--rows", rows, "--plot", tmp_path / "scan.png")
+    works(*command, "--data", text, "--results", rows, "--plot", tmp_path / "scan.png")
     assert (tmp_path / "scan.png").read_bytes()[:4] == b"\x89PNG"
     refused("exists", *command, "--plot", tmp_path / "scan.png")
 

@@ -115,9 +115,8 @@ def test_a_visit_that_adds_nothing_gives_no_nan():
         assert curve.isfinite().all()
     effects, on_output = S.skip_effects(model, tokens)
     assert on_output[3] == 0 and not effects[3].any()
-    rows = S.rows_of_models([{"name": "a", "seed": 0, "file": "", "path": list(range(6)), "block": 2,
-                              "curves": S.all_signatures(model, some_tokens(time=21), 2)}])
-    assert all(math.isfinite(row["value"]) for row in rows)
+    numbers = S.numbers(S.all_signatures(model, some_tokens(time=21), 2), 2)
+    assert all(math.isfinite(value) for columns in numbers.values() for value in columns.values())
 
 
 @pytest.mark.parametrize("options", [dict(future=1), dict(future=20)])
@@ -189,30 +188,31 @@ def test_the_share_of_a_period(period):
 
 def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
     """Of several seeds of one method only the last counted once."""
-    model, rows = tiny_model(), some_tokens(time=21)
-    curves, generator = S.all_signatures(model, rows, 2), torch.Generator().manual_seed(0)
-    models = [{"name": name, "seed": seed, "file": "", "path": list(range(6)), "block": 2,
-               "curves": {key: torch.rand(curve.shape, generator=generator) for key, curve in curves.items()}}
-              for seed in range(3) for name in ("one", "two")]
+    assert S.convergence([1.0, 2.0, 4.0], [1.0, 2.0, 4.0]) == pytest.approx(1)
+    assert S.convergence([0.0, 1.0], [0.0, 5.0, 10.0]) == pytest.approx(1)      # the shorter one is stretched
+    values = {(name, seed, column): torch.rand(8, generator=torch.Generator().manual_seed(seed + 9 * i)).tolist()
+              for seed in range(3) for name in ("one", "two") for i, column in enumerate([name, *S.BY_VISIT]) if i}
+    rows = [{"table": "by visit", "model": name, "suffix": f" 2x4 visit {visit}", "seed": seed, "run": f"{name} {seed}",
+             "column": column, "visit": visit, "value": value}
+            for (name, seed, column), curve in values.items() for visit, value in enumerate(curve)]
 
-    def between(a, b):
-        return sum(S.convergence(a["curves"][c], b["curves"][c]) for c in S.COMPARED) / len(S.COMPARED)
-    rows = {(r["model"], r["seed"], r["column"]): r["value"] for r in S.rows_of_models(models)
-            if r["table"].startswith("convergence")}
-    assert len(rows) == 12
-    assert rows["one", 1, "two"] == pytest.approx(between(models[2], models[3]))
-    mean = (between(models[2], models[0]) + between(models[2], models[4])) / 2
-    assert rows["one", 1, "one"] == pytest.approx(mean)
+    def between(name, seed, other, other_seed):
+        return sum(S.convergence(values[name, seed, c], values[other, other_seed, c]) for c in S.BY_VISIT) / len(S.BY_VISIT)
+    found = {(r["model"], r["seed"], r["column"]): r["value"] for r in S.convergence_rows(rows)}
+    assert len(found) == 12
+    assert found["one 2x4", 1, "two 2x4"] == pytest.approx(between("one", 1, "two", 1))
+    mean = (between("one", 1, "one", 0) + between("one", 1, "one", 2)) / 2
+    assert found["one 2x4", 1, "one 2x4"] == pytest.approx(mean)
 
 
 def test_the_command(trained, tmp_path):
     results = tmp_path / "rows.jsonl"
     both = ["signatures.py", trained / "ckpt.pt", trained / "stable.pt", "--rows", 6]
     printed = works(*both, "--results", results).stdout
-    assert "late over middle" in printed and "convergence" in printed and "####" in printed
-    assert "late over middle" in works("evaluate.py", "--table", results).stdout
+    assert "late over middle" in printed and "convergence" in printed and "lidas visit 6" in printed
+    assert works("evaluate.py", "--table", results).stdout == printed
     printed = works(*both[:2], "--rows", 6, "--loop", "2-2x2-2", "--path", "0-3,5").stdout
-    assert re.findall(r"depth (\d)", printed) == ["8", "5"] and "lidas 2-2x2-2" in printed
+    assert "lidas 2-2x2-2 visit 7" in printed and "lidas 0-3,5 visit 4" in printed
     for bad in (["--loop", "2,2,1"], ["--rows", 0], ["--plot", results], ["--data", "none.txt"]):
         refused("", "signatures.py", trained / "ckpt.pt", *bad)
     optional("matplotlib")

@@ -455,7 +455,7 @@ BAD = {     # options: what is said
     "--encoding gtp2 --data {text}": "no encoding", "--encoding profiles": "no encoding", "--steps 2": "too few",
     "--loop 1-2x2-1": "--loop", "--path 0-3": "--path", "--width 63": "heads",
     "--math {text} --data {text} --cooldown 0": "--cooldown", "--math-share 0.5 --cooldown 0": "--cooldown",
-    "--field body": "--data", "--data {text} --data {text}": "twice",
+    "--field body": "--data",
     "--lr fast": "invalid float", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "--steps", "--batch 0": "positive_int", "--seed -1": "--seed",
     "--data {text} --math-share 0.5": "--math-share", "--math {none}": "no file", "--device gpu": "no device",
