@@ -169,17 +169,12 @@ def flops_until(args, config, step):
 def model_config(args, n_vocab, eot):
     """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
     path = path_of(args)
+    if args.device != "cpu":        # a GPU's matrix products are fast for sizes that are multiples of 64
+        n_vocab = math.ceil(n_vocab / 64) * 64
     n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
     d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
     return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads,
                      n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers, eot=eot)
-
-
-def build_model(args, tokenizer):
-    torch.manual_seed(args.seed)
-    # a GPU's matrix products are fast for sizes that are multiples of 64
-    n_vocab = tokenizer.n_vocab if args.device == "cpu" else math.ceil(tokenizer.n_vocab / 64) * 64
-    return GPT(model_config(args, n_vocab, tokenizer.eot))
 
 
 class Muon(torch.optim.Optimizer):
@@ -322,20 +317,21 @@ def make_parser():
 
 def read_args():
     """-> args, and the model and checkpoint that the run starts from, or None, None."""
-    args, given = read_options(make_parser(), CONFLICTS)
+    args, given = read_options(make_parser(), CONFLICTS, requires={"data": ("field",)})
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method or "lidas"
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
-    if args.resume:                             # a run that goes on has its own arguments
-        return resumed(args, given)
-    args.device = pick_device(args.device or "auto")
-    model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
-    complete_args(args, given, model, checkpoint)
-    check(args)
+    model, checkpoint, defaults = resumed(args, given) if args.resume else begun(args)
+    for name, value in defaults.items():            # what was not given
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.device = pick_device(args.device)
+    if not args.resume:
+        check(args, given, model, checkpoint)
     return args, model, checkpoint
 
 
 def resumed(args, given):
-    """A run that is resumed has its own arguments, but for those of the machine -> args, model, checkpoint"""
+    """A run that goes on has its own arguments, but for those of the machine -> model, checkpoint, {argument: value}"""
     latest = os.path.join(args.out, "ckpt.pt")
     if not os.path.exists(latest):
         runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(args.out)), "*", "ckpt.pt")))
@@ -347,18 +343,18 @@ def resumed(args, given):
     for name in given - OF_THE_MACHINE:
         if getattr(args, name) != saved[name]:
             raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
-    here = {name: getattr(args, name) for name in given & OF_THE_MACHINE} | {"out": args.out}
-    if "device" not in given and saved["device"].split(":")[0] not in ("cpu", pick_device()):
-        here["device"] = "auto"                 # it was another machine's
-    args = argparse.Namespace(**{**saved, **here})
-    args.device = pick_device(args.device)
-    return args, model, checkpoint
+    another_machine = saved["device"].split(":")[0] not in ("cpu", pick_device())
+    return model, checkpoint, saved | ({"device": "auto"} if another_machine else {})
 
 
-def complete_args(args, given, model, checkpoint):
-    """Fills in what was not given. Later ones count: the device's defaults; those of another model (--init); the
-    arguments of a run that --init goes on with; what --init and --loop fix. Raises ValueError for options that do not
-    apply."""
+def begun(args):
+    """A new run, or one from the model of --init -> that model and its checkpoint, or None, None; {argument: default}.
+
+    Of the defaults the later ones count: those of the device; of another model; the arguments of a run that --init goes
+    on with; what --init fixes.
+    """
+    args.device = pick_device(args.device or "auto")
+    model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
     defaults = DEFAULTS | SIZES.get(args.device.split(":")[0], SIZES["cpu"])
     path = path_of(args, model.config if model else None)
     if path:
@@ -368,44 +364,39 @@ def complete_args(args, given, model, checkpoint):
     if model:
         model.config.path = path or model.config.path
         defaults |= {"lr": 1e-4, "steps": 500, "batch": 8, "context": min(512, model.config.context)}
-        if "optimizers" in checkpoint:          # a run: its steps are counted on, without another warm-up
-            defaults |= {"plain_layers": checkpoint["args"]["layers"]}
-            defaults |= checkpoint["args"]      # with plain_layers, where that run went on with one itself
-            defaults |= {"warmup": 0, "start": checkpoint["step"], "start_flops": checkpoint["log"][-1]["flops"]}
+        if "optimizers" in checkpoint:              # a run: its steps are counted on, without another warm-up
+            defaults |= checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"],
+                                              "start_flops": checkpoint["log"][-1]["flops"]}
         defaults |= {"method": "init", "layers": len(model.config.resolve_path())}
-        if "encoding" in given and checkpoint["tokenizer"]:
-            raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.kv_heads = args.kv_heads or args.heads
+    defaults.setdefault("kv_heads", args.heads or defaults["heads"])
     # FLOPs are shown as a share of a plain model's: of the first run's depth, where --init goes on with a run
-    args.plain_layers = getattr(args, "plain_layers", args.layers)
-    if model and args.context > model.config.context:
-        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
-    if args.method == "baseline" and given.intersection(("block", "alpha")):
-        raise ValueError("--block and --alpha go with a --method that grows")
-    if "math_share" in given and args.data and not args.math:
-        raise ValueError("--math-share needs --math FILE, where the math is taken from")
-    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
-        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
-    if args.field and not args.data:
-        raise ValueError("--field is of the lines of --data")
+    defaults.setdefault("plain_layers", args.layers or defaults["layers"])
+    return model, checkpoint, defaults
 
 
-def check(args):
-    """Raises ValueError for what cannot be, before anything is written."""
+def check(args, given, model, checkpoint):
+    """Raises ValueError for what cannot be, or would be passed over, before anything is written."""
     for name, low, high in (("cooldown", 0, 1), ("math_share", 0, 1), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9),
                             ("weight_decay", 0, 1e3), ("alpha", 0, 1e3), ("seed", 0, 2 ** 32)):
-        if not low <= getattr(args, name) <= high:         # nan is refused as well
+        if not low <= getattr(args, name) <= high:  # nan is refused as well
             raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
-    if constant_steps(args) < 1 and not args.init:
+    if constant_steps(args) < 1 and not model:
         raise ValueError("--steps less the cooldown must leave a step")
-    growth_plan(args)                                       # whole blocks, and steps for each stage
-    if not args.init:
-        model_config(args, n_vocab=1, eot=0)                # heads that fit the width
+    growth_plan(args)                               # whole blocks, and steps for each stage
+    if not model:
+        model_config(args, n_vocab=1, eot=0)        # heads that fit the width
+    elif args.context > model.config.context:
+        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+    elif "encoding" in given and checkpoint["tokenizer"]:
+        raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
+    if args.method == "baseline" and given & {"block", "alpha"}:
+        raise ValueError("--block and --alpha go with a --method that grows")
+    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
+        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
+    if "math_share" in given and args.data and not args.math:
+        raise ValueError("--math-share needs --math FILE, where the math is taken from")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
@@ -441,11 +432,12 @@ class Run:
         self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
         self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
 
-    def report(self, model, step, loss=None):
-        """One line and one row of the log. loss: mean training loss since the last one. Raises ValueError when
-        training has gone wrong."""
-        args, config, speed = self.args, model.config, ""
-        flops, depth = flops_until(args, config, step), len(config.resolve_path())
+    def report(self, model, step, loss=None, path=None):
+        """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
+        just grown, so that the line says what it does before it is trained. Raises ValueError when training has gone
+        wrong."""
+        args, depth, speed = self.args, len(model.config.resolve_path()), ""
+        flops = flops_until(args, model.config, step)
         row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
                "lr": learning_rate(args, step), "flops": flops, "flops_share": flops / self.plain}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
@@ -454,17 +446,11 @@ class Run:
             seconds = time.perf_counter() - self.since[1]
             row["tokens_per_second"] = (step - self.since[0]) * args.batch * args.context / seconds
             speed = f"  {row['tokens_per_second'] / 1e3:.1f}k tok/s"
-        tqdm.write(f"step {step:>6}/{args.steps}  " + (f"loss {loss:.4f}  " if loss else "") + shown(row) + speed
-                   + f"  depth {depth}  FLOPs {flops / self.plain:.0%}")
-        self.log.append(row)
+        what = f"grows along {' '.join(map(str, path))}  " if path else f"loss {loss:.4f}  " if loss else ""
+        tqdm.write(f"step {step:>6}/{args.steps}  {what}{shown(row)}{speed}  depth {depth}  "
+                   f"FLOPs {flops / self.plain:.0%}")
+        self.log.append({**row, "growth": path} if path else row)
         self.since = (step, time.perf_counter())
-
-    def grew(self, model, step, path):
-        """The line after a growth step: what the deeper model does before it is trained."""
-        after = evaluation(model, self.heldout, self.tokenizer, self.args)
-        self.log.append({**self.log[-1], **after, "depth": len(path), "growth": path})
-        self.since = (step, time.perf_counter())
-        tqdm.write(f"step {step:>6} grows to {len(path)} layers along {' '.join(map(str, path))}: {shown(after)}")
 
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
@@ -531,7 +517,8 @@ def main():
     if rank == 0 and world_size > 1:
         dist.barrier()
     # ---- the model, and its optimizer
-    model = (model or build_model(args, tokenizer)).to(args.device)
+    torch.manual_seed(args.seed)
+    model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
     model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
     optimizers = make_optimizers(model, args)
     log = []
@@ -613,7 +600,7 @@ def train(run, model, optimizers, batches, start, main_process):
             model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
             if main_process:
-                run.grew(model, done, path)
+                run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
         if due and main_process:
             if done == constant:
