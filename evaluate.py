@@ -1,7 +1,7 @@
 """
 The built-in world: reasoning tasks, and the training text made of them. And the scoring of any model.
 
-    python evaluate.py out/*/ckpt.pt                    # one table, mean +- std over seeds: a minute a model
+    python evaluate.py out/*/ckpt.pt                    # one table, mean +- std over seeds: a minute for each
     python evaluate.py out/*/ckpt.pt --tasks hops-3 --loop 3-2x1-3 3-2x2-3 3-2x3-3      # along loops (claims 2 and 4)
     python evaluate.py out/*/ckpt.pt --tasks rule --shots 0 1 2 4 8 16      # in-context curve (claim 3)
     python evaluate.py out/*/ckpt.pt --tasks hops-4 --finetune 16 64 256    # fine-tuning curve (claim 3)
@@ -707,7 +707,9 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95%
 
 def print_differences(rows, names):
     """Of two lines of the tables, the first less the second; of four, (first - second) - (third - fourth). Paired by
-    seed: the mean over the seeds that all have, and its 95% interval by Student's t."""
+    seed: the mean over the seeds that all have, and its 95% interval by Student's t. Raises ValueError for no line."""
+    if missing := set(names) - {row["model"] + row.get("suffix", "") for row in rows}:
+        raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
     for table, cells, _, columns in tables_of(rows):
         lines = [["", "seeds", "difference", "95% interval"]]
         for column in columns:
@@ -777,6 +779,14 @@ def rows_of_models(args, measure):
     return rows
 
 
+ALONG, KINDS = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
+CONFLICTS = {   # an option: those that would mean nothing beside it
+    "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
+    "finetune": (*ALONG, "data", "shots", "curves"), "curves": (*ALONG, "tasks", "data", "shots", "n", "seed"),
+    "table": (*ALONG, *KINDS, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare"),
+    "compare": ("json",)}
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
@@ -784,7 +794,7 @@ def make_parser():
     # what to measure
     parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS,
                         help="default: all; --tasks alone: losses only")
-    parser.add_argument("-n", type=positive_int, help="examples a task (default: 200: standard errors up to 3.5 "
+    parser.add_argument("-n", type=positive_int, help="examples per task (default: 200: standard errors up to 3.5 "
                                                       "points), or questions (default: all)")
     parser.add_argument("--shots", type=int, nargs="+", action="extend",
                         help="in-context curve: numbers of worked examples")
@@ -807,15 +817,8 @@ def make_parser():
     return parser
 
 
-def main():
-    parser = make_parser()
-    along, kinds = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
-    args, _ = read_options(parser, {
-        "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
-        "finetune": (*along, "data", "shots", "curves"), "curves": (*along, "tasks", "data", "shots", "n", "seed"),
-        "table": (*along, *kinds, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare"),
-        "compare": ("json",)},
-        requires={"questions": ("length",), "table": ("only",)})
+def read_args():
+    args, _ = read_options(make_parser(), CONFLICTS, requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
     if args.plot and not (args.curves or args.table):
@@ -827,11 +830,21 @@ def main():
     check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
-    rows = list(read_jsonl(args.table)) if args.table else []
+    return args
+
+
+def read_table(file):
+    """The rows of a file that --results wrote."""
+    rows = list(read_jsonl(file))
     if any(not {"table", "model", "column", "seed"} <= row.keys() or type(row.get("value")) not in (int, float)
            for row in rows):
-        raise ValueError(f"{args.table} has rows that --results did not write")
-    rows += rows_of_models(args, measure)
+        raise ValueError(f"{file} has rows that --results did not write")
+    return rows
+
+
+def main():
+    args = read_args()
+    rows = read_table(args.table) if args.table else rows_of_models(args, measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
@@ -843,8 +856,6 @@ def main():
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:
-        if not set(args.compare) <= {row["model"] + row.get("suffix", "") for row in rows}:
-            raise ValueError(f"there is nothing to compare: not all of {', '.join(args.compare)} are lines")
         print_differences(rows, args.compare)
     else:
         print_tables(rows)

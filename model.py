@@ -601,7 +601,7 @@ def run_script(main):
         stream.reconfigure(errors="replace")        # a model can write what the terminal cannot show
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, re.error) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

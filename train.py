@@ -274,7 +274,7 @@ def make_parser():
     parser.add_argument("--method", choices=["baseline", *METHODS],
                         help="lidas grows by the layer-wise middle, the paper's best (default: lidas)")
     parser.add_argument("--layers", type=positive_int, help="depth at the end (default: 8, in 4 stages; CUDA: 16)")
-    parser.add_argument("--block", type=positive_int, help="layers a stage (default: 2; CUDA: 4, as the papers)")
+    parser.add_argument("--block", type=positive_int, help="layers per stage (default: 2; CUDA: 4, as the papers)")
     parser.add_argument("--alpha", type=float, help="PROP-alpha: above 0, later stages get more steps (default: "
                                                     "0: early blocks must learn something to be copied)")
     add_path_options(parser)
@@ -286,7 +286,7 @@ def make_parser():
     # the schedule
     parser.add_argument("--steps", type=positive_int, help="steps (default: 4200; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
-    parser.add_argument("--batch", type=positive_int, help="rows a step, over all GPUs (default: 6; CUDA: 64; with "
+    parser.add_argument("--batch", type=positive_int, help="rows per step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init of no run: 0.0001)")
@@ -489,7 +489,7 @@ def set_up_processes(args):
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
-        # torchrun has started one process a GPU
+        # torchrun has started one process per GPU
         gpu = int(os.environ["LOCAL_RANK"])
         if args.device == "cuda":
             if gpu >= torch.cuda.device_count():

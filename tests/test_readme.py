@@ -25,7 +25,7 @@ README, RESULTS = read("README.md"), read("assets/RESULTS.md")
 SAID = {name: importlib.import_module(name[:-3]).__doc__ for name in SCRIPTS} | {"README.md": README, "RESULTS.md": RESULTS}
 # `python X.py ...` at the start of a line, in backticks, after && or a variable
 COMMANDS = [(where, *found) for where, text in SAID.items() for found in dict.fromkeys(re.findall(
-    rf"(?:python|torchrun --nproc_per_node=\d+) ({'|'.join(SCRIPTS)})([^\n`#)&;]*)", text))]
+    rf"(?:python|torchrun --nproc_per_node=\d+) ({'|'.join(SCRIPTS)})((?:\"[^\"\n]*\"|[^\n`#)&;])*)", text))]
 TABLES = re.findall(r"python (evaluate\.py --table assets/[^`\n]*)\n```\n+```text\n(.*?)```", RESULTS, re.S)
 
 
