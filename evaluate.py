@@ -620,6 +620,20 @@ def curves(checkpoint):
                     "value": row[column], **{name: row[name] for name in ("step", "depth", "flops_share")}}
 
 
+def run_of(name):
+    """One name for one file, however it is written: what rows say that they are of."""
+    return os.path.relpath(name) if os.path.exists(name) else name
+
+
+def check_names(rows):
+    """Raises ValueError where rows of two runs would be taken for one's."""
+    runs = {}
+    for row in rows:
+        other = runs.setdefault((row["model"], row["seed"]), row.get("run"))
+        if other != row.get("run"):
+            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
+
+
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -659,12 +673,8 @@ def plot_lines(file, rows):
 
 def tables_of(rows):
     """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. A line is a model, or a
-    model along a path; what is measured again counts once. Raises ValueError where two runs would be taken for one."""
-    runs = {}
-    for row in rows:
-        other = runs.setdefault((row["model"], row["seed"]), row.get("run"))
-        if other != row.get("run"):
-            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
+    model along a path; what is measured again counts once."""
+    check_names(rows)
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}
         for row in (row for row in rows if row["table"] == table):
@@ -710,6 +720,7 @@ def print_differences(rows, names):
     seed: the mean over the seeds that all have, and its 95% interval by Student's t. Raises ValueError for no line."""
     if missing := set(names) - {row["model"] + row.get("suffix", "") for row in rows}:
         raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
+    printed = False
     for table, cells, _, columns in tables_of(rows):
         lines = [["", "seeds", "difference", "95% interval"]]
         for column in columns:
@@ -728,6 +739,9 @@ def print_differences(rows, names):
         if len(lines) > 1:
             what = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})"
             print_lines(f"{table}: {what.format(*names)}", lines)
+            printed = True
+    if not printed:
+        raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
 
 
 def scale_of(row):
@@ -761,12 +775,14 @@ def rows_of_models(args, measure):
     """What a command measures of its models, one after another -> rows, each appended to --results as it comes.
     measure(args, model, checkpoint) yields table, suffix of the line, column, score."""
     device, rows = pick_device(args.device), []
+    known = read_table(args.results) if args.results and os.path.exists(args.results) else []
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in args.models:
+    for name in map(run_of, args.models):
         model, checkpoint = load_checkpoint(name, device)
         label, seed = label_of(name, checkpoint)
+        check_names([*known, *rows, {"model": label, "seed": seed, "run": name}])
         if args.data:           # in place of the model's own held-out text
             text = rows_of(args.data, checkpoint, model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
@@ -827,7 +843,7 @@ def read_args():
         raise ValueError("--compare takes two lines, or four")
     if min(args.shots or [0]) < 0:
         raise ValueError("--shots are 0 or more")
-    check_outputs(rows=args.results, plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot, inputs=(args.data, args.questions))
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     return args
@@ -836,8 +852,8 @@ def read_args():
 def read_table(file):
     """The rows of a file that --results wrote."""
     rows = list(read_jsonl(file))
-    if any(not {"table", "model", "column", "seed"} <= row.keys() or type(row.get("value")) not in (int, float)
-           for row in rows):
+    kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
+    if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
         raise ValueError(f"{file} has rows that --results did not write")
     return rows
 

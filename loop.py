@@ -164,7 +164,8 @@ def show(model, checkpoint, args):
 
 def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and draws a heat map."""
-    from evaluate import append_rows, examples_of, label_of, print_tables       # here: evaluate.py imports this file
+    # here, since evaluate.py imports this file
+    from evaluate import append_rows, examples_of, label_of, print_tables, run_of
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
@@ -172,7 +173,7 @@ def show_scan(model, checkpoint, args):
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
     # 1. the gain of each block
     (label, seed), what = label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    shared = {"model": label, "seed": seed, "run": args.model} | ({} if args.data else {"n": len(tokens) // 2})
+    shared = {"model": label, "seed": seed, "run": run_of(args.model)} | ({} if args.data else {"n": len(tokens) // 2})
     title = f"gain of {args.visits} visits: {what}"
     plain, gains = measure_gains(model, tokens, targets, args, {"table": title, **shared})
     # 2. the best
@@ -257,7 +258,7 @@ def main():
         parser, {"scan": ("loop", "path", "prompt", "length"), "data": ("task", "questions", "seed"),
                  "questions": ("task", "seed")},
         requires={"scan": ("task", "data", "questions", "visits", "n", "seed", "results", "plot")})
-    check_outputs(rows=args.results, plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot, inputs=(args.data, args.questions))
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     (show_scan if args.scan else show)(model, checkpoint, args)
 

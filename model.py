@@ -19,6 +19,7 @@ Face's names, then tokenizers, checkpoints, and what every script does at its st
 """
 import argparse
 import dataclasses
+import glob
 import importlib
 import io
 import os
@@ -287,9 +288,11 @@ class GPT(nn.Module):
         """A Llama of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3), by hub name or directory, in float32.
         Raises ValueError naming what this architecture does not have."""
         AutoConfig, AutoModel = optional("transformers", "AutoConfig", "AutoModelForCausalLM")
-        check_llama(AutoConfig.from_pretrained(name_or_dir))        # before the weights are fetched
         try:
+            check_llama(AutoConfig.from_pretrained(name_or_dir))        # before the weights are fetched
             hf, info = AutoModel.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
+        except (ValueError, OSError):
+            raise
         except Exception as error:      # safetensors and the hub have exceptions of their own
             raise ValueError(f"{name_or_dir} cannot be read ({type(error).__name__}: {error})")
         wrong = sorted(info["missing_keys"]) + [x for x in info["unexpected_keys"] if not x.endswith("inv_freq")]
@@ -484,8 +487,9 @@ def hf_files(name_or_dir):
         for kind in (AutoTokenizer, GenerationConfig):
             try:
                 kind.from_pretrained(name_or_dir).save_pretrained(folder)
-            except (OSError, ValueError):       # it has none: losses can be measured, text needs one
-                pass
+            except (OSError, ValueError) as error:      # it has none: losses can be measured, text needs one
+                if glob.glob(os.path.join(glob.escape(str(name_or_dir)), "tokenizer*")) and kind is AutoTokenizer:
+                    raise ValueError(f"the tokenizer of {name_or_dir} cannot be read ({error})")
         return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
@@ -547,9 +551,9 @@ def load_checkpoint(name, device="cpu"):
     return model.to(device), {"tokenizer": None, "heldout": {}, **checkpoint}
 
 
-def check_outputs(new=None, rows=None, plot=None):
-    """The rule for outputs, checked before any work: nothing is overwritten, rows are appended to a .jsonl file only,
-    and a figure can be drawn. Raises ValueError."""
+def check_outputs(new=None, rows=None, plot=None, inputs=()):
+    """The rule for outputs, checked before any work: nothing is overwritten, rows are appended to a .jsonl file only
+    (but not to one that is read), and a figure can be drawn. Raises ValueError."""
     if plot:
         optional("matplotlib.figure")
         if not plot.endswith((".png", ".pdf", ".svg")):
@@ -557,8 +561,8 @@ def check_outputs(new=None, rows=None, plot=None):
     for file in (new, plot):
         if file and os.path.exists(file):
             raise ValueError(f"{file} exists: choose another name, or remove it")
-    if rows and not rows.endswith(".jsonl"):
-        raise ValueError(f"{rows}: rows go to a .jsonl file")
+    if rows and (not rows.endswith(".jsonl") or rows in inputs):
+        raise ValueError(f"{rows}: rows go to a .jsonl file of their own")
 
 
 def pick_device(text="auto"):

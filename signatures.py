@@ -235,7 +235,8 @@ def numbers(curves, block):
     depth, tables = len(curves["update"]), {}
     tables["1a: late over middle, the last third of visits over the middle third"] = {
         name: late_over_middle(curves[name])
-        for name in ("skip_output", "skip_later", "local_later", "update", "attention", "mlp")}
+        for name in ("skip_output", "skip_later", "local_later", "update", "attention", "mlp")
+        if len(curves[name]) >= 3}              # the last visit has none after it
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
     if depth >= 3 * block + 1 and block > 1:        # without the first and the last block, more than one
@@ -300,7 +301,7 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args = parser.parse_args()
-    check_outputs(rows=args.results, plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot, inputs=[args.data])
     rows = rows_of_models(args, measure)
     found = list(convergence_rows(rows))
     if args.results:

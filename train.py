@@ -395,6 +395,8 @@ def check(args, given, model, checkpoint):
         raise ValueError("--block and --alpha go with a --method that grows")
     if given & {"math", "math_share"} and constant_steps(args) == args.steps:
         raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
+    if args.math and not args.data:
+        raise ValueError("--math goes with --data: the built-in world has math of its own")
     if "math_share" in given and args.data and not args.math:
         raise ValueError("--math-share needs --math FILE, where the math is taken from")
     for file in (args.data or []) + (args.math or []):

@@ -2,6 +2,7 @@
 import argparse
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -296,6 +297,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert works(*compare, "c", "d").stdout.split()[-5:] == ["3", "+1.000", "-1.483", "to", "3.483"]
     assert "(2)" in works("evaluate.py", "--table", written(file, jsonl(*rows, *({**row, "column": "x"} for row in rows[:2])))).stdout
     refused("two lines", *compare, "a")
+    refused("two seeds", "evaluate.py", "--table", written(file, jsonl(rows[0], rows[3])), "--compare", "a", "b")
     refused("nothing", *compare, "a", "e")
 
 
@@ -320,7 +322,10 @@ def test_the_command(trained, tmp_path):
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable
     shutil.copytree(trained, tmp_path / "lidas")        # two models of one name and seed were once one line
-    refused("one name and one seed", "evaluate.py", model, tmp_path / "lidas" / "ckpt.pt", "--tasks")
+    for models in ([model, tmp_path / "lidas" / "ckpt.pt"], [tmp_path / "lidas" / "ckpt.pt"]):
+        refused("one name and one seed", "evaluate.py", *models, "--tasks", "--results", rows)
+    works("evaluate.py", os.path.relpath(model), "--tasks", "--results", rows)      # one file, however it is written
+    works("evaluate.py", "--table", rows)
 
 
 def test_a_task_that_does_not_fit_the_context_is_left_out(tokenizer, capsys):
