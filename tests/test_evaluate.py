@@ -357,11 +357,6 @@ def test_curves_of_seeds_with_different_logs_are_drawn_where_they_meet(tmp_path)
     refused("does not go with --plot", "evaluate.py", "--table", file, "--plot", tmp_path / "b.png", "--json")
 
 
-def test_a_character_that_is_no_word_is_named(tokenizer):
-    with pytest.raises(ValueError, match="not a word"):
-        tokenizer.encode("a=7 \u00e9_ a=")
-
-
 def test_outputs_overwrite_nothing(trained, tmp_path):
     """An output named like the model destroyed the checkpoint."""
     shutil.copytree(trained, tmp_path / "run")

@@ -97,7 +97,6 @@ def test_the_scan_by_command(trained, tmp_path):
                           (36, ["loop.py", deeper, *command[2:], "--data", text])):
         n = len(rows.read_text().splitlines())
         assert "±" in works(*other, "--results", rows).stdout and len(rows.read_text().splitlines()) == n + 2 * blocks + 2
-    assert "accuracy" in works(*command).stdout
     optional("matplotlib")
     works(*command, "--data", text, "--results", rows, "--plot", tmp_path / "scan.png")
     assert (tmp_path / "scan.png").read_bytes()[:4] == b"\x89PNG"

@@ -459,8 +459,7 @@ BAD = {     # options: what is said
     "--lr fast": "invalid float", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "--steps", "--batch 0": "positive_int", "--seed -1": "--seed",
     "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "no file", "--math {text}": "goes with --data",
-    "--device gpu": "no device",
-    "--out {text}/run": "",
+    "--device gpu": "no device", "--out {text}/run": "",
     "--context 16": "16",                               # the built-in tasks do not fit: said before training
     # options that do not apply are named, not passed over
     "--method baseline --alpha 1": "--alpha", "--method baseline --block 2": "--block",
