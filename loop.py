@@ -202,15 +202,18 @@ def measure_gains(model, tokens, targets, args, shared):
     gains = {"chosen": {}, "reported": {}}
     for row in read_jsonl(args.results) if args.results and os.path.exists(args.results) else []:
         if row.get("of") == of:
-            gains[row["column"]][row["start"], row["end"]] = row
+            gains[row["column"]][row["start"], row["end"]] = {**row, **shared}
     # 2. the other blocks
     n_layer = model.config.n_layer
     blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
               if (start, end) not in gains["reported"]]
     measured = scan(model, tokens, targets, blocks, args.visits)
-    score = (lambda loss, right: -loss) if args.data else (lambda loss, right: right.float())
-    plain = score(*next(measured)[1:])                                  # (n,)
-    for (start, end), *found in tqdm(measured, total=len(blocks), unit="block", disable=None):
+
+    def score(block, loss, right):                                      # (n,), higher is better
+        return -loss if args.data else right.float()
+    plain = score(*next(measured))
+    for found in tqdm(measured, total=len(blocks), unit="block", disable=None):
+        start, end = found[0]
         loop = f"{start}-{end - start + 1}x{args.visits}-{n_layer - end - 1}"
         for i, half in enumerate(gains):
             value, se = mean_and_error((score(*found) - plain)[i::2])
