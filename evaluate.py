@@ -634,6 +634,11 @@ def check_names(rows):
             raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
 
 
+def line_of(row):
+    """The line of a table that a row belongs to: a model, or a model along a path."""
+    return row["model"] + row.get("suffix", "")
+
+
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -672,13 +677,13 @@ def plot_lines(file, rows):
 
 
 def tables_of(rows):
-    """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. A line is a model, or a
-    model along a path; what is measured again counts once."""
+    """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. What is measured again
+    counts once."""
     check_names(rows)
     for table in dict.fromkeys(row["table"] for row in rows):
         cells = {}
         for row in (row for row in rows if row["table"] == table):
-            cells.setdefault((row["model"] + row.get("suffix", ""), row["column"]), {})[row["seed"]] = row
+            cells.setdefault((line_of(row), row["column"]), {})[row["seed"]] = row
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
 
 
@@ -718,17 +723,15 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95%
 def print_differences(rows, names):
     """Of two lines of the tables, the first less the second; of four, (first - second) - (third - fourth). Paired by
     seed: the mean over the seeds that all have, and its 95% interval by Student's t. Raises ValueError for no line."""
-    if missing := set(names) - {row["model"] + row.get("suffix", "") for row in rows}:
+    if missing := set(names) - set(map(line_of, rows)):
         raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
     printed = False
     for table, cells, _, columns in tables_of(rows):
         lines = [["", "seeds", "difference", "95% interval"]]
         for column in columns:
             found = [cells.get((name, column), {}) for name in names]
-            differences = []
-            for seed in set.intersection(*map(set, found)):
-                values = [by_seed[seed]["value"] for by_seed in found]
-                differences.append(values[0] - values[1] - (values[2] - values[3] if len(names) == 4 else 0))
+            differences = [sum(sign * by_seed[seed]["value"] for sign, by_seed in zip((1, -1, -1, 1), found))
+                           for seed in set.intersection(*map(set, found))]
             if len(differences) < 2:
                 continue
             scale, digits = scale_of(next(iter(found[0].values())))
@@ -852,8 +855,8 @@ def read_args():
 def read_table(file):
     """The rows of a file that --results wrote."""
     rows = list(read_jsonl(file))
-    kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
-    if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
+    kinds = {"table": [str], "model": [str], "column": [str], "seed": [int], "value": [int, float]}
+    if not all(type(row.get(name)) in kind for row in rows for name, kind in kinds.items()):
         raise ValueError(f"{file} has rows that --results did not write")
     return rows
 

@@ -215,8 +215,9 @@ def measure_gains(model, tokens, targets, args, shared):
     for found in tqdm(measured, total=len(blocks), unit="block", disable=None):
         start, end = found[0]
         loop = f"{start}-{end - start + 1}x{args.visits}-{n_layer - end - 1}"
+        gain = score(*found) - plain                                    # (n,)
         for i, half in enumerate(gains):
-            value, se = mean_and_error((score(*found) - plain)[i::2])
+            value, se = mean_and_error(gain[i::2])
             gains[half][start, end] = {**shared, "suffix": f" {loop}", "column": half, "value": value, "se": se,
                                        "of": of, "start": start, "end": end}
         if args.results:

@@ -343,7 +343,6 @@ class GPT(nn.Module):
                 sources[f"layers.{visit}.{name}"] = p
         return sources
 
-
 # -----------------------------------------------------------------------------
 # scoring
 

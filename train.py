@@ -324,8 +324,9 @@ def read_args():
     for name, value in defaults.items():            # what was not given
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.device = pick_device(args.device)
-    if not args.resume:
+    if args.resume:
+        args.device = pick_device(args.device)
+    else:
         check(args, given, model, checkpoint)
     return args, model, checkpoint
 
@@ -476,12 +477,14 @@ def own_folder(folder, resume):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process trains in {folder} right now")
-    for name in ("ckpt.pt", "stable.pt", "general.tokens", "math.tokens") if not resume else []:
-        kept = os.path.join(folder, name)
-        if os.path.exists(kept) and name.endswith(".pt"):
-            raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-        if os.path.exists(kept):
-            os.remove(kept)             # of a run that ended before its first checkpoint, perhaps on other data
+    if resume:
+        return file
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+    # tokens of a run that ended before its first checkpoint, perhaps on other data
+    for name in ("general.tokens", "math.tokens"):
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
     return file
 
 

@@ -1,6 +1,5 @@
 """Signatures against a slow, obvious recomputation: whole forward passes and hooks."""
 import math
-import re
 
 import pytest
 import torch
