@@ -211,7 +211,7 @@ def preschool(rng, calculation=True):
 # -----------------------------------------------------------------------------
 # words: one token each, whatever stands around them; a name that is assigned is another token than its value
 
-PIECES = r"\b[A-Za-z] ?=|___|->|\n|[A-Za-z]+|\d+|\S"
+PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
 
 
 def world_words():

@@ -96,15 +96,18 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        # apart, not in one matrix: train.py's Muon takes each as one
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope_and_mask, kv_cache=None):
         B, T, C = x.shape
         cos, sin, mask = rope_and_mask
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, q + k + v heads, T, head_dim)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)             # (B, heads, T, head_dim)
+        # each (B, heads, T, head_dim)
+        q, k, v = (part(x).view(B, T, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if kv_cache is not None:
             kv_cache[0, :, :, -T:] = k
             kv_cache[1, :, :, -T:] = v
@@ -122,12 +125,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.d_ff, bias=False)
+        self.gate = nn.Linear(config.n_embd, config.d_ff, bias=False)
+        self.up = nn.Linear(config.n_embd, config.d_ff, bias=False)
         self.proj = nn.Linear(config.d_ff, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)     # each (B, T, d_ff)
-        return self.proj(F.silu(gate) * up)             # (B, T, n_embd)
+        return self.proj(F.silu(self.gate(x)) * self.up(x))     # (B, T, d_ff) -> (B, T, n_embd)
 
 
 class Layer(nn.Module):
@@ -303,9 +306,8 @@ class GPT(nn.Module):
         # inv_freq is what the model computes with: rope_theta alone does not tell a scaled rope
         model = cls(GPTConfig(**settings, rope_freqs=hf.model.rotary_emb.inv_freq.tolist(), hf_extra=extra))
         theirs = hf.state_dict()
-        for ours, p in model.named_parameters():
-            p.data.copy_(torch.cat([theirs.pop(name) for name in llama_names(ours)]))   # q, k, v become one matrix
-        assert not theirs.keys() - {"lm_head.weight"}, "weights that have no place here: another architecture"
+        model.load_state_dict({name: theirs.pop(llama_name(name)) for name in model.state_dict()})
+        assert not theirs, "weights that have no place here: another architecture"
         return model
 
     def save_pretrained(self, folder, path=None, dtype=torch.float32, files=None):
@@ -320,12 +322,8 @@ class GPT(nn.Module):
             "rope_parameters": {"rope_type": "default", "rope_theta": self.config.rope_theta},
             "bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
         hf = Llama(LlamaConfig(**settings | extra | {"num_hidden_layers": len(path)}))
-        state = {"lm_head.weight": self.head.weight}
-        for name, p in self.parameter_sources(path).items():
-            parts = llama_names(name)
-            sizes = [hf.get_parameter(part).shape[0] for part in parts]
-            state |= zip(parts, p.detach().split(sizes))    # q, k, v are taken apart again
-        hf.load_state_dict(state)
+        state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
+        hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
         part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # renamed when whole
         try:
             hf.to(dtype).save_pretrained(part)
@@ -375,7 +373,7 @@ def estimate_loss(model, rows, path=None):
     return score_rows(model, rows[:, :-1], rows[:, 1:], path)[0].mean().item()
 
 # -----------------------------------------------------------------------------
-# Hugging Face's names: the same architecture, with q, k, v and gate, up in matrices of their own
+# Hugging Face's names of the same architecture
 
 def optional(module, *names):
     """Names of a module whose package is not required. Raises ValueError where it is not installed."""
@@ -386,23 +384,20 @@ def optional(module, *names):
     return [getattr(module, name) for name in names]
 
 
-PARTS = {"norm1": ["input_layernorm"], "attn.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
-         "attn.proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
-         "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"]}
+LLAMA = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+         "norm1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+         "attn.v": "self_attn.v_proj", "attn.proj": "self_attn.o_proj", "norm2": "post_attention_layernorm",
+         "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
 SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
             "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "d_ff": "intermediate_size",
             "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
 EXTRA = ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")     # kept for the way back
-TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-       "head.weight": "lm_head.weight"}
 
 
-def llama_names(name):
-    """Name of one of our parameters -> names of the Llama parameters that are concatenated in it."""
-    if name in TOP:
-        return [TOP[name]]
-    _, index, ours = name.removesuffix(".weight").split(".", 2)     # layers, 3, attn.qkv
-    return [f"model.layers.{index}.{theirs}.weight" for theirs in PARTS[ours]]
+def llama_name(name):
+    """layers.3.attn.q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups()
+    return f"{'model.' + layer if layer else ''}{LLAMA[part]}.weight"
 
 
 def check_llama(hf):
@@ -457,7 +452,7 @@ def word_tokenizer(words, pattern):
     ids = {word: i for i, word in enumerate(words)}
 
     def encode(text):
-        pieces = [piece.replace(" ", "") for piece in re.findall(pattern, text)]
+        pieces = re.findall(pattern, text)
         if unknown := [piece for piece in pieces if piece not in ids]:
             raise ValueError(f"{unknown[0]!r} is not a word of the built-in world")
         return [ids[piece] for piece in pieces]

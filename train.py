@@ -25,8 +25,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 import zlib
 
@@ -214,16 +212,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, args):
-    """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
-    With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]       # q, k, v together, and gate, up
+    """Muon for the matrices of the layers, AdamW for the rest at a third of the learning rate, with decay on matrices
+    only, not on the gains of norms. With AdamW alone, or an embedding that learns as fast as the layers, looking things
+    up was learned late, and on some seeds never (RESULTS.md)."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     # the embedding is also the head: AdamW's, as in Jordan's recipe
     of_layers = set(matrices)
     others = [p for p in model.parameters() if p not in of_layers]
-    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay},
-             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
-    return [Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
-            torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
+    muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]     # share: of the learning rate
+    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay, "share": 0.3},
+             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": 0.3}]
+    return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def compiles(args):
@@ -258,7 +257,7 @@ def prepare(model, args):
 DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "weight_decay": 0.01,
             "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 3900,
+    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 3600,
             "cooldown": 0.25},
     "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000,
              "cooldown": 0.2}}
@@ -284,7 +283,7 @@ def make_parser():
                                                               "attention (default: as many)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="steps (default: 3900; CUDA: 2000; with --init of a "
+    parser.add_argument("--steps", type=positive_int, help="steps (default: 3600; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
     parser.add_argument("--batch", type=positive_int, help="rows per step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
@@ -567,7 +566,7 @@ def train(run, model, optimizers, batches, start, main_process):
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
-    wrapped, losses, signals = prepare(model, args), [], catch_signals(main_process)
+    wrapped, losses = prepare(model, args), []
     if main_process and not args.resume:
         run.report(model, start)
         run.save("ckpt.pt", model, optimizers, start)           # an unwritable --out is noticed now
@@ -575,7 +574,7 @@ def train(run, model, optimizers, batches, start, main_process):
         # 1. the learning rate of this step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step)
+                group["lr"] = group["share"] * learning_rate(args, step)
         # 2. forward and backward
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
         with autocast:
@@ -589,8 +588,7 @@ def train(run, model, optimizers, batches, start, main_process):
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
         done = step + 1
-        stopped = list(signals) if done < args.steps else []
-        due = done in report_steps or done in growth_steps or stopped
+        due = done in report_steps or done in growth_steps
         # 4. report: the last line of a stage is of the model before it grows
         if due:
             mean_loss = torch.stack(losses).mean().item()
@@ -611,23 +609,7 @@ def train(run, model, optimizers, batches, start, main_process):
             if done == constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
-        if stopped:
-            tqdm.write(f"stopped at step {done}; go on with --resume --out {args.out}")
-            sys.exit(128 + stopped[0])
     return model
-
-
-def catch_signals(main_process):
-    """Ctrl-C and SIGTERM end a run after the step, saved; a second one ends it at once. -> list of those received"""
-    signals = []
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # the other processes wait for the main one: were each to stop at its own step, some would wait for ever
-        signal.signal(number, on_signal if main_process else signal.SIG_IGN)
-    return signals
 
 
 @torch.compiler.set_stance("force_eager")

@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
 import types
 from unittest import mock
@@ -52,15 +51,13 @@ def script(name, *arguments):
     """What `python SCRIPT ...` does -> returncode, stdout, stderr, errors (lines); in this process, since
     importing torch takes longer than most commands do."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    handlers, code = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
+    code = 0
     with (mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
           contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
         try:
             run_script(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as stopped:
             code = stopped.code or 0
-    for number, handler in handlers.items():        # train.py's would swallow the Ctrl-C that stops pytest
-        signal.signal(number, handler)
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
     return types.SimpleNamespace(returncode=code, stdout=out, stderr=err,
                                  errors=[line for line in err.splitlines() if "error:" in line])
