@@ -257,7 +257,7 @@ def prepare(model, args):
 DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "weight_decay": 0.01,
             "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
-    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 3600,
+    "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 3900,
             "cooldown": 0.25},
     "cuda": {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000,
              "cooldown": 0.2}}
@@ -283,7 +283,7 @@ def make_parser():
                                                               "attention (default: as many)")
     parser.add_argument("--context", type=positive_int, help="tokens in a row (default: 192; CUDA: 512)")
     # the schedule
-    parser.add_argument("--steps", type=positive_int, help="steps (default: 3600; CUDA: 2000; with --init of a "
+    parser.add_argument("--steps", type=positive_int, help="steps (default: 3900; CUDA: 2000; with --init of a "
                                                            "model that is no run: 500)")
     parser.add_argument("--batch", type=positive_int, help="rows per step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
