@@ -212,16 +212,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, args):
-    """Muon for the matrices of the layers, AdamW for the rest at a third of the learning rate, with decay on matrices
-    only, not on the gains of norms. With AdamW alone, or an embedding that learns as fast as the layers, looking things
-    up was learned late, and on some seeds never (RESULTS.md)."""
+    """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
+    With AdamW alone, or an embedding that learns as fast as the layers, looking things up was learned late, and on some
+    seeds never (RESULTS.md)."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     # the embedding is also the head: AdamW's, as in Jordan's recipe
     of_layers = set(matrices)
     others = [p for p in model.parameters() if p not in of_layers]
-    muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]     # share: of the learning rate
-    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay, "share": 0.3},
-             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": 0.3}]
+    # share: of the learning rate, which the loop sets in each step
+    muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]
+    share = args.embed_share
+    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay, "share": share},
+             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share}]
     return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
@@ -254,7 +256,7 @@ def prepare(model, args):
 # arguments
 
 # start: the first step of this run; start_flops: what was spent before it. layers: the final depth, in visits
-DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "warmup": 50, "weight_decay": 0.01,
+DEFAULTS = {"method": "lidas", "alpha": 0.0, "lr": 3e-3, "embed_share": 0.3, "warmup": 50, "weight_decay": 0.01,
             "math_share": 0.75, "seed": 0, "evals": 10, "compile": "auto", "start": 0, "start_flops": 0}
 SIZES = {   # fits the device: minutes on two CPU cores, a larger model on a GPU
     "cpu": {"layers": 8, "block": 2, "width": 64, "heads": 2, "context": 192, "batch": 6, "steps": 3900,
@@ -289,6 +291,8 @@ def make_parser():
                                                            "--init of no run: 8)")
     parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
                                                 "too late, at 0.002 late; with --init of no run: 0.0001)")
+    parser.add_argument("--embed-share", type=float, help="learning rate of embedding and norms, as a share of --lr "
+                                                          "(default: 0.3, for early look-ups; with --data: 1)")
     parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
     parser.add_argument("--cooldown", type=float, help="the cooldown's share of all steps (default: 0.25, since "
                                                       "two hops are learned in it; CUDA: 0.2, as in the papers)")
@@ -356,6 +360,8 @@ def begun(args):
     args.device = pick_device(args.device or "auto")
     model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
     defaults = DEFAULTS | SIZES.get(args.device.split(":")[0], SIZES["cpu"])
+    if args.data:
+        defaults["embed_share"] = 1.0       # a large vocabulary is learned faster so
     path = path_of(args, model.config if model else None)
     if path:
         defaults |= {"method": "looped", "layers": len(path)}
@@ -377,7 +383,7 @@ def begun(args):
 def check(args, given, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is written."""
     for name, low, high in (("cooldown", 0, 1), ("math_share", 0, 1), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9),
-                            ("weight_decay", 0, 1e3), ("alpha", 0, 1e3), ("seed", 0, 2 ** 32)):
+                            ("embed_share", 0, 1e3), ("weight_decay", 0, 1e3), ("alpha", 0, 1e3), ("seed", 0, 2 ** 32)):
         if not low <= getattr(args, name) <= high:  # nan is refused as well
             raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
     if args.start >= args.steps:

@@ -17,7 +17,7 @@ def adamw(model):
 
 
 def ours(model):
-    return make_optimizers(model, Namespace(weight_decay=0.1, lr=1e-2))
+    return make_optimizers(model, Namespace(weight_decay=0.1, lr=1e-2, embed_share=1.0))
 
 
 def parts(optimizer):
