@@ -115,6 +115,14 @@ def test_a_run_grows_and_says_what_it_did(trained):
     assert not any(name.startswith("module.") or "_orig_mod" in name for name in checkpoint["model"])
 
 
+def test_the_embedding_learns_more_slowly(trained):
+    """On the built-in world: at the layers' rate look-ups come late, or never."""
+    run = load_checkpoint(str(trained / "stable.pt"))[1]
+    rate, groups = train.learning_rate(Namespace(**run["args"]), run["step"] - 1), [
+        group for optimizer in run["optimizers"] for group in optimizer["param_groups"]]
+    assert [group["lr"] / rate for group in groups] == [pytest.approx(share) for share in (1, 0.3, 0.3)]
+
+
 @pytest.mark.parametrize("crash", [5, 15, 23, 27])
 def test_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, crash):
     """Killed after each of the log lines: before growth, before stable.pt, in the cooldown; then from another directory."""
