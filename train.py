@@ -289,8 +289,8 @@ def make_parser():
                                                            "model that is no run: 500)")
     parser.add_argument("--batch", type=positive_int, help="rows per step, over all GPUs (default: 6; CUDA: 64; with "
                                                            "--init of no run: 8)")
-    parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.005 look-ups came "
-                                                "too late, at 0.002 late; with --init of no run: 0.0001)")
+    parser.add_argument("--lr", type=float, help="of the constant phase (default: 0.003; at 0.0045 look-ups came "
+                                                "later; with --init of no run: 0.0001)")
     parser.add_argument("--embed-share", type=float, help="learning rate of embedding and norms, as a share of --lr "
                                                           "(default: 0.3, for early look-ups; with --data: 1)")
     parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises (default: 50)")
