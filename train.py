@@ -177,8 +177,8 @@ def model_config(args, n_vocab, eot):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. It is scaled
-    by 0.2 * sqrt(the longer side), as in Moonlight (arXiv 2502.16982), to the size of an AdamW update, so that both
-    optimizers take one learning rate. torch.optim.Muon works in bfloat16, which is slow on a CPU: this one is in
+    by 0.2 * sqrt(the longer side), as in Moonlight (arXiv 2502.16982), to the size of an AdamW update, so that the
+    rates of both are of one scale. torch.optim.Muon works in bfloat16, which is slow on a CPU: this one is in
     float32, with all matrices of one shape in one product."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -218,12 +218,12 @@ def make_optimizers(model, args):
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     # the embedding is also the head: AdamW's, as in Jordan's recipe
     of_layers = set(matrices)
-    others = [p for p in model.parameters() if p not in of_layers]
+    embedding = [p for p in model.parameters() if p.dim() == 2 and p not in of_layers]
+    gains = [p for p in model.parameters() if p.dim() < 2]
     # share: of the learning rate, which the loop sets in each step
     muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]
-    share = args.embed_share
-    adamw = [{"params": [p for p in others if p.dim() == 2], "weight_decay": args.weight_decay, "share": share},
-             {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "share": share}]
+    adamw = [{"params": embedding, "weight_decay": args.weight_decay, "share": args.embed_share},
+             {"params": gains, "weight_decay": 0.0, "share": args.embed_share}]
     return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
@@ -578,9 +578,10 @@ def train(run, model, optimizers, batches, start, main_process):
         run.save("ckpt.pt", model, optimizers, start)           # an unwritable --out is noticed now
     for step, rows in zip(tqdm(steps, unit="step", disable=not main_process or None), loader):
         # 1. the learning rate of this step
+        rate = learning_rate(args, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * learning_rate(args, step)
+                group["lr"] = group["share"] * rate
         # 2. forward and backward
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
         with autocast:

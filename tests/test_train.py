@@ -118,8 +118,8 @@ def test_a_run_grows_and_says_what_it_did(trained):
 def test_the_embedding_learns_more_slowly(trained):
     """On the built-in world: at the layers' rate look-ups come late, or never."""
     run = load_checkpoint(str(trained / "stable.pt"))[1]
-    rate, groups = train.learning_rate(Namespace(**run["args"]), run["step"] - 1), [
-        group for optimizer in run["optimizers"] for group in optimizer["param_groups"]]
+    rate = train.learning_rate(Namespace(**run["args"]), run["step"] - 1)
+    groups = [group for optimizer in run["optimizers"] for group in optimizer["param_groups"]]
     assert [group["lr"] / rate for group in groups] == [pytest.approx(share) for share in (1, 0.3, 0.3)]
 
 
