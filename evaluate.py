@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import add_path_options, paths_of
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_rows)
 
 # -----------------------------------------------------------------------------
@@ -647,7 +647,7 @@ def append_rows(file, rows):
 def plot_lines(file, rows):
     """A panel for each column of the rows of --curves, or of signatures.py by visit: mean and range over the seeds of
     each model. Training is drawn against its FLOPs, with a dot where the model grows."""
-    Figure, = optional("matplotlib.figure", "Figure")
+    from matplotlib.figure import Figure
     (_, cells, names, columns), = tables_of(rows)
     x = "visit" if "visit" in rows[0] else "flops_share"
     figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
@@ -846,7 +846,7 @@ def read_args():
         raise ValueError("--compare takes two lines, or four")
     if min(args.shots or [0]) < 0:
         raise ValueError("--shots are 0 or more")
-    check_outputs(rows=args.results, plot=args.plot, inputs=(args.data, args.questions))
+    check_outputs(plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     return args

@@ -16,7 +16,7 @@ import zlib
 import torch
 from tqdm import tqdm
 
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, optional, pick_device,
+from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_targets)
 
 # -----------------------------------------------------------------------------
@@ -54,22 +54,18 @@ def parse_path(text):
     path = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (None, None)
-        if match is None or last < first:
+        layers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()   # both ends are visited
+        if not layers:
             raise ValueError(f"a path is layers and ranges, as in 0-3,2-5,4-7, not {text!r}")
-        path += range(first, last + 1)  # both ends are visited
+        path += layers
     return path
 
 
 def loop_of(path):
-    """The block that an e-LxK-d path repeats -> its first layer and its number of layers (e, L); None where a second
-    visit of a whole block is not what comes again first."""
-    for visit, index in enumerate(path):
-        if index in path[:visit]:               # the first layer that comes again is the block's first
-            length = visit - path.index(index)
-            again = path[visit:visit + length]
-            return (index, length) if again == [*range(index, index + length)] else None
-    return None
+    """The block that an e-LxK-d path repeats -> its first layer and its number of layers (e, L), or None."""
+    repeated = sorted({index for index in path if path.count(index) > 1})
+    if repeated and path == loop_path(max(path) + 1, repeated[0], len(repeated), path.count(repeated[0]) - 1):
+        return repeated[0], len(repeated)
 
 
 def add_path_options(parser):
@@ -121,23 +117,15 @@ def scan(model, tokens, targets, blocks, visits=2, batch=8):
     # 2. of each block only what comes after its first visit
     for block in [None, *blocks]:
         scores = []
+        first, last = block or (len(model.layers), len(model.layers) - 1)       # None: no layers, after the last one
+        rest = [*range(first, last + 1)] * (visits - 1) + [*range(last + 1, len(model.layers))]
         for streams, rope_and_mask, target in parts:
-            if block is None:
-                x, rest = streams[-1], []
-            else:
-                first, last = block
-                x = streams[last + 1]           # the stream after the block's first visit
-                rest = [*range(first, last + 1)] * (visits - 1) + [*range(last + 1, len(model.layers))]
+            x = streams[last + 1]               # the stream after the block's first visit
             for index in rest:
                 x = model.layers[index](x, rope_and_mask)
             scores.append(score_targets(model, model.norm(x), target))
         loss, right = (torch.cat(column).cpu() for column in zip(*scores))      # (n,) each
         yield block, loss, right
-
-
-def mean_and_error(differences):
-    """Differences (n,) over the same examples -> their mean, and its standard error."""
-    return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
 
 # -----------------------------------------------------------------------------
 # the command: one prompt along several paths, or the scan
@@ -149,11 +137,8 @@ def show(model, checkpoint, args):
     if not paths:       # its own path, and other numbers of visits of its loop, or of the middle quarter of the layers
         middle = max(1, n_layer // 4)
         start, block = loop_of(own) or ((n_layer - middle) // 2, middle)
-        paths = {"its own path": own}
-        for visits in (1, 2, 3, 5):
-            loop = f"{start}-{block}x{visits}-{n_layer - block - start}"
-            if parse_loop(loop)[1] != own:
-                paths[loop] = parse_loop(loop)[1]
+        loops = [f"{start}-{block}x{visits}-{n_layer - block - start}" for visits in (1, 2, 3, 5)]
+        paths = {"its own path": own} | {loop: path for loop in loops if (path := parse_loop(loop)[1]) != own}
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
@@ -163,71 +148,60 @@ def show(model, checkpoint, args):
 
 
 def show_scan(model, checkpoint, args):
-    """Runs the scan, prints the ten best blocks, and draws a heat map."""
-    # here, since evaluate.py imports this file
-    from evaluate import append_rows, examples_of, label_of, print_tables, run_of
+    """Runs the scan, prints the ten best blocks, and draws a heat map. Half of the examples choose a block, the other
+    half reports on it."""
+    import evaluate     # here, since it imports this file
+    n_layer = model.config.n_layer
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
-    tokens, targets = examples_of(args, checkpoint, model.config.context)
+    tokens, targets = evaluate.examples_of(args, checkpoint, model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
-    # 1. the gain of each block
-    (label, seed), what = label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    shared = {"model": label, "seed": seed, "run": run_of(args.model)} | ({} if args.data else {"n": len(tokens) // 2})
-    title = f"gain of {args.visits} visits: {what}"
-    plain, gains = measure_gains(model, tokens, targets, args, {"table": title, **shared})
-    # 2. the best
-    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
-    print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
-          f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
-    print_tables([rows[block] for block in best for rows in gains.values()])
-    if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
-        first = gains["reported"][best[0]]
-        row = {"table": f"scan: the best block visited {args.visits} times", **shared, "column": what}
-        append_rows(args.results, [{**row, "value": plain}, {**row, "model": f"{label} gain", "value": first["value"],
-                                                             "se": first["se"], "loop": first["suffix"].strip()}])
-    if args.plot:
-        plot_scan(args.plot, gains, model.config.n_layer, title)
-
-
-def measure_gains(model, tokens, targets, args, shared):
-    """-> the plain model's score, and each block's gain over it, above 0 where the block helps: {half: {block: row}}.
-    By the even examples a block is "chosen", on the odd ones it is "reported". What --results has of this scan is not
-    measured again."""
-    from evaluate import append_rows, read_jsonl
-    # 1. a scan is known by the content of its model and its examples: a copy of them is the same
+    # 1. what its rows share. A scan is known by the content of its model and examples: a copy of them is the same
+    (label, seed), what = evaluate.label_of(args.model, checkpoint), args.data or args.questions or args.task
+    shared = {"table": f"gain of {args.visits} visits: {os.path.basename(what)}", "model": label, "seed": seed,
+              "run": evaluate.run_of(args.model)} | ({} if args.data else {"n": len(tokens) // 2})
     of = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
         of = zlib.crc32(tensor.cpu().numpy().tobytes(), of)
-    gains = {"chosen": {}, "reported": {}}
-    for row in read_jsonl(args.results) if args.results and os.path.exists(args.results) else []:
+    # 2. what --results has of it is not measured again
+    gains = {"chosen": {}, "reported": {}}      # {half: {block: row}}
+    for row in evaluate.read_table(args.results) if args.results and os.path.exists(args.results) else []:
         if row.get("of") == of:
             gains[row["column"]][row["start"], row["end"]] = {**row, **shared}
-    # 2. the other blocks
-    n_layer = model.config.n_layer
     blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
               if (start, end) not in gains["reported"]]
-    measured = scan(model, tokens, targets, blocks, args.visits)
-
-    def score(block, loss, right):                                      # (n,), higher is better
-        return -loss if args.data else right.float()
-    plain = score(*next(measured))
-    for found in tqdm(measured, total=len(blocks), unit="block", disable=None):
-        start, end = found[0]
+    # 3. the gain of each block over the plain model, above 0 where it helps
+    scores = ((block, -loss if args.data else right.float())            # (n,), higher is better
+              for block, loss, right in scan(model, tokens, targets, blocks, args.visits))
+    _, plain = next(scores)
+    for (start, end), score in tqdm(scores, total=len(blocks), unit="block", disable=None):
         loop = f"{start}-{end - start + 1}x{args.visits}-{n_layer - end - 1}"
-        gain = score(*found) - plain                                    # (n,)
         for i, half in enumerate(gains):
-            value, se = mean_and_error(gain[i::2])
-            gains[half][start, end] = {**shared, "suffix": f" {loop}", "column": half, "value": value, "se": se,
-                                       "of": of, "start": start, "end": end}
+            gain = (score - plain)[i::2]        # paired over the examples
+            gains[half][start, end] = {
+                **shared, "suffix": f" {loop}", "column": half, "value": gain.mean().item(),
+                "se": (gain.std() / len(gain) ** 0.5).item(), "of": of, "start": start, "end": end}
         if args.results:
-            append_rows(args.results, [rows[start, end] for rows in gains.values()])
-    return plain.abs().mean().item(), gains
+            evaluate.append_rows(args.results, [rows[start, end] for rows in gains.values()])
+    # 4. the best
+    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
+    plain = plain.abs().mean().item()
+    print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
+          f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
+    evaluate.print_tables([rows[block] for block in best for rows in gains.values()])
+    if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
+        gain = gains["reported"][best[0]]
+        row = {**shared, "table": f"scan: the best block visited {args.visits} times", "column": os.path.basename(what)}
+        gained = {"model": f"{label} gain", "value": gain["value"], "se": gain["se"], "loop": gain["suffix"].strip()}
+        evaluate.append_rows(args.results, [{**row, "value": plain}, row | gained])
+    if args.plot:
+        plot_scan(args.plot, gains, n_layer, shared["table"])
 
 
 def plot_scan(file, gains, n_layer, title):
     """A heat map: first layer of the block by last, the gain as the colour."""
-    Figure, = optional("matplotlib.figure", "Figure")
+    from matplotlib.figure import Figure
     values = torch.full((n_layer, n_layer), torch.nan)
     for block, row in gains["chosen"].items():
         values[block] = (row["value"] + gains["reported"][block]["value"]) / 2      # over all examples
@@ -262,7 +236,7 @@ def main():
         parser, {"scan": ("loop", "path", "prompt", "length"), "data": ("task", "questions", "seed"),
                  "questions": ("task", "seed")},
         requires={"scan": ("task", "data", "questions", "visits", "n", "seed", "results", "plot")})
-    check_outputs(rows=args.results, plot=args.plot, inputs=(args.data, args.questions))
+    check_outputs(plot=args.plot)
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     (show_scan if args.scan else show)(model, checkpoint, args)
 

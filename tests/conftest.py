@@ -105,7 +105,7 @@ def bytes_for_gpt2(monkeypatch):
     """GPT-2's encoding is downloaded: here, every byte is a token."""
     encoding = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks={bytes([b]): b for b in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", encoding)
 
 
 def written(file, content):

@@ -133,7 +133,7 @@ def test_broken_directories_end_in_one_line(tmp_path):
 def test_without_transformers_a_line_says_what_to_install(tmp_path, monkeypatch, trained):
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("transformers", "loop.py", "SomeName/SomeModel")
-    refused("pip install", "grow.py", trained / "ckpt.pt", "--out", tmp_path / "llama")
+    refused("transformers", "grow.py", trained / "ckpt.pt", "--out", tmp_path / "llama")
     assert not list(tmp_path.iterdir())
 
 

@@ -449,7 +449,7 @@ def test_bad_files_end_in_one_line(name, tmp_path, bytes_for_gpt2):
 
 BAD = {     # options: what is said
     "--method midway": "invalid choice", "--method looped": "invalid choice", "--block 4": "blocks of 4",
-    "--encoding gtp2 --data {text}": "no encoding", "--encoding profiles": "no encoding", "--steps 2": "too few",
+    "--encoding gtp2 --data {text}": "Unknown encoding", "--encoding profiles": "Unknown encoding", "--steps 2": "too few",
     "--loop 1-2x2-1": "--loop", "--path 0-3": "--path", "--width 63": "heads",
     "--math {text} --data {text} --cooldown 0": "--cooldown", "--math-share 0.5 --cooldown 0": "--cooldown",
     "--field body": "--data",
