@@ -85,11 +85,14 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     before it. Learning rates and schedulers are not copied: set the rate in every step. -> new_optimizer. Raises
     ValueError unless each holds exactly its model's parameters. Another model needs a parameter_sources of its own.
     """
+    old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
-    old = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    new = [new_optimizer] if isinstance(new_optimizer, torch.optim.Optimizer) else new_optimizer
-    check_optimizer(old, model)
-    check_optimizer(new, grown)
+    for optimizers, owner in ((old, model), (new, grown)):
+        held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
+        missing = [name for name, p in owner.named_parameters() if p not in set(held)]
+        if missing or len(held) != len(list(owner.parameters())):
+            raise ValueError("the optimizer does not hold exactly the model's parameters: "
+                             + (f"{missing[0]} is missing" if missing else "there are others, or one is there twice"))
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
     assert sources.keys() == targets.keys(), "parameter_sources does not name the grown model's parameters"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
@@ -101,15 +104,6 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
             target = targets[name]
             holder[target].state[target] = copy.deepcopy(state[source])     # each visit has moments of its own
     return new_optimizer
-
-
-def check_optimizer(optimizers, model):
-    """Raises ValueError unless the optimizers hold exactly the model's parameters, each once."""
-    held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
-    missing = [name for name, p in model.named_parameters() if not any(p is other for other in held)]
-    if missing or len(held) != len(list(model.parameters())):
-        raise ValueError("the optimizer does not hold exactly the model's parameters: "
-                         + (f"{missing[0]} is missing" if missing else "there are others, or one is there twice"))
 
 # -----------------------------------------------------------------------------
 # when to grow

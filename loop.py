@@ -76,8 +76,7 @@ def add_path_options(parser):
 
 
 def paths_of(args, config=None):
-    """--loop and --path of a command -> {what was written: path}, checked against the model's layers, if there is
-    a model."""
+    """--loop and --path of a command -> {what was written: path}, checked against a model's layers, if there is one."""
     paths = {}
     for text in args.loop or []:
         n_layer, paths[text] = parse_loop(text)

@@ -14,8 +14,7 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
     logits, loss = model(tokens, targets)                                  # the plain model
     logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # block 2-3 looped
 
-Everything that opens and saves models is here too: from_pretrained and save_pretrained with the section of Hugging
-Face's names, then tokenizers, checkpoints, and what every script does at its start.
+After the model: its scoring, Hugging Face's names, tokenizers, checkpoints, and what every script does at its start.
 """
 import argparse
 import dataclasses
@@ -221,8 +220,7 @@ class GPT(nn.Module):
         """The residual stream (B, T, n_embd) after the last norm; self.head turns it into logits.
 
         cache: made by new_cache. tokens (B, T) is the whole sequence; only positions from `seen` on are computed
-        and returned, since the cache holds the earlier ones. A model with learned positions takes those from
-        `seen` on.
+        and returned, since the cache holds the earlier ones.
         """
         rope_and_mask = self.rope_and_mask(tokens, seen)
         x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
@@ -302,9 +300,9 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder, path=None, dtype=torch.float32, files={}):
-        """Writes the model along a path, every visit untied, as a Hugging Face Llama directory, which
-        transformers, vLLM and llama.cpp open. files: {name: bytes} to write beside it, as a checkpoint's
-        tokenizer["files"]. Raises ValueError where the directory exists."""
+        """Writes the model along a path, every visit untied, as a Hugging Face Llama directory, which transformers,
+        vLLM and llama.cpp open. files: {name: bytes} beside it, as those of a tokenizer. Raises ValueError where the
+        directory exists."""
         from transformers import LlamaConfig, LlamaForCausalLM
         check_outputs(folder)
         path = self.config.resolve_path(path)
@@ -456,7 +454,7 @@ def hf_files(name_or_dir):
             try:
                 kind.from_pretrained(name_or_dir).save_pretrained(folder)
             except (OSError, ValueError) as error:      # losses can be measured without, text needs a tokenizer
-                print(f"{name_or_dir} has no {kind.__name__} that can be read: {error}", file=sys.stderr)
+                print(f"{name_or_dir}: no {kind.__name__} ({error})", file=sys.stderr)
         return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
@@ -476,8 +474,8 @@ def complete(model, tokenizer, text, length, path=None, temperature=0.0):
 def save_atomically(file, write):
     """Calls write(f) on a binary file that takes its name when whole: a crash leaves the old one or the new."""
     part = f"{file}.{os.getpid()}.part"     # of this process: two writers do not mix
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
         with open(part, "wb") as f:
             write(f)
             f.flush()
@@ -505,7 +503,7 @@ def load_checkpoint(name, device="cpu"):
             model.load_state_dict(checkpoint["model"])
         else:
             model, files = GPT.from_pretrained(name), hf_files(name)
-            spec = {"files": files} if any(file.startswith("tokenizer") for file in files) else None
+            spec = {"files": files} if "tokenizer_config.json" in files else None
             checkpoint = {"tokenizer": spec, "heldout": {}}
             if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
                 raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
