@@ -165,15 +165,15 @@ def show(model, checkpoint, args):
 def show_scan(model, checkpoint, args):
     """Runs the scan, prints the ten best blocks, and draws a heat map."""
     # here, since evaluate.py imports this file
-    from evaluate import append_rows, examples_of, label_of, print_tables, run_of
+    from evaluate import append_rows, examples_of, label_of, print_tables
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
     tokens, targets = examples_of(args, checkpoint, model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
     # 1. the gain of each block
-    (label, seed), what = label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    shared = {"model": label, "seed": seed, "run": run_of(args.model)} | ({} if args.data else {"n": len(tokens) // 2})
+    label, what = label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
+    shared = label | ({} if args.data else {"n": len(tokens) // 2})
     title = f"gain of {args.visits} visits: {what}"
     plain, gains = measure_gains(model, tokens, targets, args, {"table": title, **shared})
     # 2. the best
@@ -184,8 +184,8 @@ def show_scan(model, checkpoint, args):
     if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
         first = gains["reported"][best[0]]
         row = {"table": f"scan: the best block visited {args.visits} times", **shared, "column": what}
-        append_rows(args.results, [{**row, "value": plain}, {**row, "model": f"{label} gain", "value": first["value"],
-                                                             "se": first["se"], "loop": first["suffix"].strip()}])
+        gain = {key: first[key] for key in ("value", "se")} | {"loop": first["suffix"].strip()}
+        append_rows(args.results, [{**row, "value": plain}, {**row, "model": f"{label['model']} gain", **gain}])
     if args.plot:
         plot_scan(args.plot, gains, model.config.n_layer, title)
 
