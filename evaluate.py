@@ -66,6 +66,13 @@ REAL = [word for words in CLASSES.values() for word in words]
 # the words of the published formats: training text has them in random order only
 FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
 value Answer very short Python program Use the to resolve variable question Program Question""".split()
+# of the families below
+OTHERS = """+ - = ? How Where Which always animal as carried do does eat finds has have home keep keeps like likes live
+lives loses many more orders pet they together took work works""".split()
+# a word is one token, whatever stands around it; a name that is assigned is another token than its value
+PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
+SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
+WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
 
 # -----------------------------------------------------------------------------
 # families: random.Random, options -> body, [(question, answer), ...]
@@ -205,25 +212,6 @@ def preschool(rng, calculation=True):
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
 
 # -----------------------------------------------------------------------------
-# words: one token each, whatever stands around them; a name that is assigned is another token than its value
-
-PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
-SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
-
-
-def world_words():
-    """All pieces of the world's text and tasks."""
-    rng, pieces = random.Random(0), {*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, "\n"}
-    for family in (open_book, word_problem, arithmetic, sums, portrait, closed_book):
-        for _ in range(100):
-            body, questions = family(rng)
-            pieces.update(re.findall(PIECES, body + " ".join(f"{q} {a}" for q, a in questions)))
-    return sorted(pieces)
-
-
-WORDS = world_words()
-
-# -----------------------------------------------------------------------------
 # training text and tasks
 
 STREAMS = {     # weights of the documents
@@ -237,8 +225,7 @@ TASKS = {   # name: family, options, chance, shots
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
        (chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5, 5)
        for depth in (0, 1, 2) for wording in ("basic", "math", "code")},
-    "preschool": (preschool, {"calculation": False}, 1 / 17, 5),
-    "preschool-calc": (preschool, {}, 1 / 17, 5),
+    "preschool": (preschool, {"calculation": False}, 1 / 17, 5), "preschool-calc": (preschool, {}, 1 / 17, 5),
     "rule": (rule, {}, 1 / 4, 12), "closed-book": (closed_book, {}, 1 / 12, 0), "open-book": (open_book, {}, 1 / 4, 0),
     "word-problem": (word_problem, {}, 1 / 10, 0)}
 HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
@@ -528,10 +515,8 @@ def examples_of(args, checkpoint, context):
 
 def measure(args, model, checkpoint):
     """All that was asked for, of one model."""
-    if args.curves:
-        return curves(checkpoint)
-    measured = fine_tuning_curve if args.finetune else question_scores if args.questions else scores
-    return measured(args, model, checkpoint)
+    asked = fine_tuning_curve if args.finetune else question_scores if args.questions else scores
+    return (curves if args.curves else asked)(args, model, checkpoint)
 
 
 def scores(args, model, checkpoint):
@@ -577,7 +562,7 @@ def fine_tuning_curve(args, model, checkpoint, draws=3):
             "chance": TASKS[task][2]}
 
 
-def curves(checkpoint):
+def curves(args, model, checkpoint):
     """What the log of a run has at each step, but for the lines just after growth."""
     for row in checkpoint.get("log", []):
         kept = {name: row[name] for name in ("step", "depth", "flops_share")}
@@ -720,7 +705,7 @@ def plot_lines(file, rows, x, labels):
             # 2. the model grows where the next line of the log is of a deeper one
             depths = [by_seed[0].get("depth") for by_seed in found]
             grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
-            axis.plot(at, values.mean(1), "-o", color=f"C{i}", label=line, markevery=grows, markersize=4)
+            axis.plot(at, values.mean(1), color=f"C{i}", label=line, marker="o" if grows else "", markevery=grows, ms=4)
             axis.fill_between(at, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, linewidth=0)
         if column in TASKS:
             axis.axhline(TASKS[column][2], color="grey", linewidth=0.7, linestyle=":")      # a guess
