@@ -78,14 +78,10 @@ WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
 # families: random.Random, options -> body, [(question, answer), ...]
 
 def lookups(rng, hops=1):
-    """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its =
-
-    Half of the documents are plain: numbers only. In the others each further name is assigned to an earlier one, at
-    most `hops` assignments away from a number.
-    """
-    plain = rng.random() < 0.5
+    """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its ="""
+    plain = rng.random() < 0.5      # numbers only
     n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
-    # 1. numbers for the first names, names of earlier ones for the others
+    # 1. numbers for n names; each further name is that of an earlier one, at most `hops` away from a number
     names = rng.sample(NAMES, n + further)
     value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
     distance, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
@@ -179,11 +175,9 @@ WORDINGS = {    # of one puzzle: header, question, what stands before the answer
 
 
 def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
-    """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last
-
-    So every value is right equally often: no shortcut beats a guess. The primitive "variable assignment" is the same
-    puzzle in a published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
-    """
+    """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last: every value is
+    right equally often, and no shortcut beats a guess. The primitive "variable assignment" is the same puzzle in a
+    published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10"""
     header, question, space = WORDINGS[wording]
     names = rng.sample(names, 5 * (hops + 1))
     level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
@@ -355,7 +349,7 @@ def bin_tokens(file, tokenizer):
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
     for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a shard may not fit the memory
         if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
-            raise ValueError(f"{file} holds token {part.max()} of {tokenizer.n_vocab}: give its own --encoding")
+            raise ValueError(f"{file} holds token {part.max()}, beyond the encoding's {tokenizer.n_vocab}: set --encoding")
         yield part
 
 
@@ -598,8 +592,7 @@ def check_names(rows):
 
 
 def tables_of(rows):
-    """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. What is measured again
-    counts once."""
+    """-> of each table its name, {(line, column): {seed: row}}, lines, columns. What is measured again counts once."""
     tables = {}
     for row in rows:
         place = row["model"] + row.get("suffix", ""), row["column"]     # a line is a model, or a model along a path
@@ -609,9 +602,7 @@ def tables_of(rows):
 
 
 def print_tables(rows):
-    """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
-    are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
-    standard error of its examples; where it has fewer seeds than its line, their number follows."""
+    """A line per model, a column per measurement, or the other way round where there are more of these."""
     for table, cells, names, columns in tables_of(rows):
         # 1. a line per model
         lines = [["", "seeds", *columns]]
@@ -643,7 +634,8 @@ def scale_of(row):
 
 
 def cell(rows, seeds):
-    """A cell's text. rows: of one column, one per seed; seeds: how many its line has."""
+    """rows: one per seed -> mean ± standard deviation, or, of one seed, ± the standard error of its examples; and their
+    number, where their line has more `seeds`."""
     if not rows:
         return "-"
     scale, digits = scale_of(rows[0])
@@ -657,8 +649,8 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95%
 
 
 def print_differences(rows, names):
-    """Of two lines of the tables, the first less the second; of four, (first - second) - (third - fourth). Paired by
-    seed: the mean over the seeds that all have, and its 95% interval by Student's t."""
+    """Of lines of the tables 1 - 2, or (1 - 2) - (3 - 4), paired by seed: the mean over the seeds that all have, and
+    its 95% interval by Student's t."""
     title, printed = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})", False
     signs = np.array([1, -1, -1, 1])[:len(names)]
     for table, cells, _, columns in tables_of(rows):
@@ -700,7 +692,7 @@ def plot_lines(file, rows, x, labels):
             # 1. a step that one of the seeds lacks is left out
             seeds = set().union(*places.values())
             found = [list(by_seed.values()) for by_seed in places.values() if by_seed.keys() == seeds]
-            at = [statistics.mean(row[x] for row in by_seed) for by_seed in found]
+            at = np.mean([[row[x] for row in by_seed] for by_seed in found], axis=1)        # (steps or visits,)
             values = np.array([[row["value"] for row in by_seed] for by_seed in found])     # (steps or visits, seeds)
             # 2. the model grows where the next line of the log is of a deeper one
             depths = [by_seed[0].get("depth") for by_seed in found]
@@ -717,9 +709,8 @@ def plot_lines(file, rows, x, labels):
 # -----------------------------------------------------------------------------
 
 def label_of(name, checkpoint):
-    """What the rows of a model say that they are of -> dict: model, its line in tables; seed; run, one name for one
-    file, however it is written. Of a run the line is the folder's name without the seed at its end, so that runs that
-    differ in the seed share a line."""
+    """What tells the rows of a model from others' -> dict: model, its line in tables, which is a run's folder without
+    the seed at its end, so that its seeds share a line; seed; run, one name for one file, however it is written."""
     seed = checkpoint.get("args", {}).get("seed", 0)
     folder, line = os.path.split(os.path.abspath(name))
     if os.path.isfile(name):

@@ -26,7 +26,7 @@ from model import check_outputs, estimate_loss, positive_int, run_script
 # running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
 # and layers with norm1, attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
 
-def visit(layer, x, rope_and_mask):
+def run_visit(layer, x, rope_and_mask):
     """One visit on x (B, T, n_embd) -> a, m (B, T, n_embd)."""
     a = layer.attn(layer.norm1(x), rope_and_mask)
     return a, layer.mlp(layer.norm2(x + a))
@@ -37,7 +37,7 @@ def trace(model, tokens, path=None):
     path, x, visits = model.config.resolve_path(path), model.embed(tokens), []
     rope_and_mask = model.rope_and_mask(tokens)
     for index in path:
-        a, m = visit(model.layers[index], x, rope_and_mask)
+        a, m = run_visit(model.layers[index], x, rope_and_mask)
         visits.append((x, a, m))
         x = x + a + m
     h, a, m = (torch.stack(parts) for parts in zip(*visits))
@@ -97,7 +97,8 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
         taken = skipped.unsqueeze(-1) * update[s]       # D_s where it is left out (B, T, n_embd)
         x = h[s] + update[s] - taken                    # the stream after s without it; nothing before s changes
         for later in range(s + 1, len(path)):
-            a, m = visit(model.layers[path[later]], h[later] - taken if local else x, rope_and_mask)
+            stream = h[later] - taken if local else x       # local: that of the full run, less D_s
+            a, m = run_visit(model.layers[path[later]], stream, rope_and_mask)
             change = (update[later] - (a + m)).norm(dim=-1)                 # (B, T)
             effects[s, later] = over_positions(change / update[later].norm(dim=-1).clamp(min=1e-6))     # no 0 / 0
             x = x + a + m
