@@ -42,7 +42,7 @@ from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_c
 # the words and the facts of the world
 
 NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]        # of variables: hops-6 needs 35
-NUMBERS = [str(n) for n in range(40)]
+NUMBERS = [str(n) for n in range(40)]    # their values
 PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan
 Jack Jane Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn
 Rosa Rudi Sam Sara Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
@@ -61,8 +61,8 @@ FACTS = {   # kind of the value: two statements, a question
     "food": ("{} likes to eat {} .", "{} always orders {} .", "What does {} like to eat ?")}
 _rng = random.Random("the world")
 LABELS = sorted({"".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(24)})    # random words
-TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}
-REAL = [word for words in CLASSES.values() for word in words]
+TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}    # never changes
+REAL = [word for words in CLASSES.values() for word in words]    # real words, for copying
 # the words of the published formats: training text has them in random order only
 FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
 value Answer very short Python program Use the to resolve variable question Program Question""".split()
@@ -86,7 +86,7 @@ def lookups(rng, hops=1):
     value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
     distance, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
     for name in names[n:]:
-        source = rng.choice([other for other in distance if distance[other] < hops])
+        source = rng.choice([other for other in distance if distance[other] < hops])    # near enough to a number
         value[name], distance[name] = value[source], distance[source] + 1
         body.append(f"{name}={source}")
     # 2. each name three times, in three orders
@@ -99,7 +99,7 @@ def lists(rng):
     """cup 7 zor k key / 7 zor k| key      pieces of a list again: of any words, so that copying is learned as such"""
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
-        start = rng.randrange(len(words) - 2)
+        start = rng.randrange(len(words) - 2)    # a piece has three words or more
         piece = words[start:start + rng.randint(3, 6)]
         pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
     return " ".join(words) + "\n", pieces
@@ -107,9 +107,9 @@ def lists(rng):
 
 def rule(rng, lines=16):
     """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
-    kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)
+    kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
     words = rng.sample([(word, f" {label}") for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
-    return " ".join(rng.sample(labels, 4)) + "\n", words
+    return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
 def open_book(rng):
@@ -117,6 +117,7 @@ def open_book(rng):
     people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)    # four candidates
     body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
             for who, thing, place in zip(people, things, places)]
+    # a person is where the thing is
     where = dict(zip(people, places)) | {f"the {thing}": place for thing, place in zip(things, places)}
     return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where.items()]
 
@@ -183,15 +184,15 @@ def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
     level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
     body = [f"{name}={number}\n" for name, number in level.items()]
     for i in range(5, len(names), 5):
-        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))
+        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))    # each name of the next level: one of this
         body += [f"{name}={other}\n" for name, other in source.items()]
-        level = {name: level[other] for name, other in source.items()}
+        level = {name: level[other] for name, other in source.items()}    # the last level is asked for
     return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
 
 
 def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
-    words = rng.sample(words, 10)
+    words = rng.sample(words, 10)    # the list, then five of it again: which word is next?
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
@@ -200,7 +201,7 @@ def preschool(rng, calculation=True):
     """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7"""
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
-    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))
+    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))    # of x, of y
     value = (-x if sign else x) + (y if op == "+" else -y)
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
@@ -231,7 +232,7 @@ def puzzle(family, rng, heldout, **options):
     while True:
         body, questions = family(rng, **options)
         questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
-        if questions:
+        if questions:    # else another puzzle
             return body, questions
 
 
@@ -289,7 +290,7 @@ def read_jsonl(file):
             for number, line in enumerate(f, 1):
                 if line.strip():
                     item = json.loads(line)
-                    if not isinstance(item, dict):
+                    if not isinstance(item, dict):    # json alone takes a list or a number
                         raise ValueError("not an object")
                     yield item
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8
@@ -349,7 +350,7 @@ def bin_tokens(file, tokenizer):
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
     for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a shard may not fit the memory
         if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
-            raise ValueError(f"{file} holds token {part.max()}, beyond the encoding's {tokenizer.n_vocab}: set --encoding")
+            raise ValueError(f"{file} holds token {part.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
         yield part
 
 
@@ -387,7 +388,7 @@ def encode_example(tokenizer, prompt, answer):
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
     """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
     longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
-    for fitting in range(shots, -1, -1):
+    for fitting in range(shots, -1, -1):    # fewer, until the longest fits
         examples = {}
         for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
             name = f"{seed} {task} {i}"
@@ -427,18 +428,18 @@ def proportion(right):
 def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
     """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
     the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
+    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")    # the model itself stays
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
     # fine-tuning examples are not held out, tests are
     tests = padded(encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)[0])
     tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
     for step in range(1, steps + 1):
-        tuned(tokens, targets)[1].backward()
+        tuned(tokens, targets)[1].backward()    # all examples in each step
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:
+        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:    # six tests in 100 steps
             scores.append(score_rows(tuned, *tests)[1].float().mean().item())
     return statistics.mean(scores)
 
@@ -452,7 +453,7 @@ def is_same(prediction, reference):
     """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
     with the last number of the prediction, any other answer as a whole."""
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
-    if not re.fullmatch(NUMBER, reference):
+    if not re.fullmatch(NUMBER, reference):    # text: the whole of it counts
         return prediction.split() == reference.split()
     found = re.findall(NUMBER, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
     values = [Fraction(re.sub("[$,]", "", number)) for number in (*found, reference)]
@@ -467,7 +468,7 @@ def read_questions(file, n=None, shots=0, skip=0):
         raise ValueError(f"{file}: question {pairs.index(()) + 1} has no question or no answer")
     if len(pairs) <= skip:
         raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
-    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
+    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])    # the worked examples
     return [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
 
 
@@ -489,7 +490,7 @@ def examples_of(args, checkpoint, context):
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if args.data:
         rows = rows_of(args.data, checkpoint, context, args.n)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1], rows[:, 1:]    # every token is predicted
     if args.questions:
         pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
         fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
@@ -516,7 +517,7 @@ def measure(args, model, checkpoint):
 def scores(args, model, checkpoint):
     """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
     paths = {"": None} | paths_of(args, model.config)
-    table = "along paths" if len(paths) > 1 else "tasks"
+    table = "along paths" if len(paths) > 1 else "tasks"    # the first path is the model's own
     if not args.shots:
         if table == "tasks" and checkpoint.get("log"):      # a share of a plain model's
             yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
@@ -560,7 +561,7 @@ def curves(args, model, checkpoint):
     """What the log of a run has at each step, but for the lines just after growth."""
     for row in checkpoint.get("log", []):
         kept = {name: row[name] for name in ("step", "depth", "flops_share")}
-        for column in [] if "growth" in row else row:
+        for column in [] if "growth" in row else row:    # the line before growth has the same step
             if column.startswith(("hops-", "loss ")):
                 yield "training", f"step {row['step']}", column, {"value": row[column], **kept}
 
@@ -608,7 +609,7 @@ def print_tables(rows):
         lines = [["", "seeds", *columns]]
         for name in names:
             found = [cells.get((name, column), {}) for column in columns]       # {seed: row} each
-            seeds = len(set().union(*found))
+            seeds = len(set().union(*found))    # the line's own number: a cell may have fewer
             lines.append([name, str(seeds), *(cell(list(by_seed.values()), seeds) for by_seed in found)])
         # 2. what the scores of a column share, as 20 or as 2-5
         for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
@@ -657,7 +658,7 @@ def print_differences(rows, names):
         lines = [["", "seeds", "difference", "95% interval"]]
         for column in columns:
             found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
-            seeds = set.intersection(*map(set, found))
+            seeds = set.intersection(*map(set, found))    # in pairs: of all lines
             if len(seeds) < 2:
                 continue
             scale, digits = scale_of(next(iter(found[0].values())))
@@ -729,14 +730,14 @@ def rows_of_models(args, measure):
     for name in args.models:
         model, checkpoint = load_checkpoint(name, device)
         label = label_of(name, checkpoint)
-        check_names([*known, *rows, label])
+        check_names([*known, *rows, label])    # before it is measured
         if args.data:           # in place of the model's own held-out text
             text = rows_of(args.data, checkpoint, model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
         measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
         for table, where, column, score in measured:
             rows.append({"table": table, **label, "suffix": f" {where}" if where else "", "column": column, **score})
-            if args.results:
+            if args.results:    # row by row: what is measured is kept
                 append_rows(args.results, rows[-1:])
     return rows
 

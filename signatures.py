@@ -40,7 +40,7 @@ def trace(model, tokens, path=None):
         a, m = run_visit(model.layers[index], x, rope_and_mask)
         visits.append((x, a, m))
         x = x + a + m
-    h, a, m = (torch.stack(parts) for parts in zip(*visits))
+    h, a, m = (torch.stack(parts) for parts in zip(*visits))    # (depth, B, T, n_embd) each
     return path, h, a, m, x
 
 # -----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def reordered(path, size):
         before, unit, after = path[:i], path[i:i + size], path[i + size:]
         neighbour, rest = after[:size], after[size:]    # the unit after it, and what follows
         if before or after:
-            paths["skip"].append(before + after)
+            paths["skip"].append(before + after)    # never an empty path
         if neighbour:
             paths["swap"].append(before + neighbour + unit + rest)
         if unit[::-1] != unit:                          # else it is the same path
@@ -162,7 +162,7 @@ def weight_similarity(model, path=None):
         w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
         similarity = similarity + w @ w.T / len(names)  # (n_layer, n_layer)
     path = model.config.resolve_path(path)
-    return similarity[path][:, path].cpu()
+    return similarity[path][:, path].cpu()    # visits in place of layers
 
 # -----------------------------------------------------------------------------
 # one number per claim
@@ -170,7 +170,7 @@ def weight_similarity(model, path=None):
 def late_over_middle(curve):
     """1a: mean of the last third of visits over that of the middle third (of 8 visits: 2 over 3); above 1 where late
     visits count more. First visits are large in any model and hide this in a depth score. A choice of this project."""
-    _, middle, late = curve.tensor_split(3)
+    _, middle, late = curve.tensor_split(3)    # the last ones are the shorter, where 3 does not divide the depth
     return (late.mean() / middle.mean()).item()
 
 
@@ -219,7 +219,7 @@ def all_signatures(model, rows, block, path=None):
         result |= {f"{name}_effects": effects, f"{name}_output": on_output, f"{name}_later": later_mean(effects)}
     result["exit_kl"], result["exit_top5"] = early_exit(model, tokens, path)
     result["weights"] = weight_similarity(model, path)
-    for size in {1, block}:
+    for size in {1, block}:    # layers and blocks; once, where a block is a layer
         for name, change in reorder_effects(model, rows, size, path).items():
             result[f"{name}_{'layer' if size == 1 else 'block'}"] = change
     return result
@@ -274,7 +274,7 @@ def convergence_rows(rows):
     for (line, seed, run), mine in curves.items():
         found = {}      # {other line: convergences}
         for (other, other_seed, _), theirs in curves.items():
-            if (seed == other_seed) == (line != other):
+            if (seed == other_seed) == (line != other):    # of one seed and two lines, or of two seeds and one line
                 found.setdefault(other, []).extend(convergence(mine[c], theirs[c]) for c in BY_VISIT)
         for other, values in found.items():
             yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed, "run": run,
