@@ -750,7 +750,7 @@ CONFLICTS = {   # an option: those that would mean nothing beside it
     "compare": ("json",)}
 
 
-def read_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
@@ -784,18 +784,14 @@ def read_args():
     check_outputs(rows=args.results, plot=args.plot, inputs=(args.data, args.questions))
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
-    return args
-
-
-def main():
-    args = read_args()
+    # the rows, and what is shown of them
     rows = read_table(args.table) if args.table else rows_of_models(args, measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.plot:
-        labels = {"flops_share": "share of a plain model's FLOPs", **dict.fromkeys(HOPS, "accuracy")}
-        plot_lines(args.plot, rows, "flops_share", labels)
+        x = {"flops_share": "share of a plain model's FLOPs"}
+        plot_lines(args.plot, rows, "flops_share", x | dict.fromkeys(HOPS, "accuracy"))
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:
