@@ -727,7 +727,7 @@ def rows_of_models(args, measure):
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in args.models:
+    for name in dict.fromkeys(args.models):     # one that is named twice is measured once
         model, checkpoint = load_checkpoint(name, device)
         label = label_of(name, checkpoint)
         check_names([*known, *rows, label])    # before it is measured
