@@ -42,7 +42,7 @@ from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_c
 # the words and the facts of the world
 
 NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]        # of variables: hops-6 needs 35
-NUMBERS = [str(n) for n in range(40)]
+NUMBERS = [str(n) for n in range(40)]    # their values
 PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan
 Jack Jane Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn
 Rosa Rudi Sam Sara Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
@@ -61,36 +61,37 @@ FACTS = {   # kind of the value: two statements, a question
     "food": ("{} likes to eat {} .", "{} always orders {} .", "What does {} like to eat ?")}
 _rng = random.Random("the world")
 LABELS = sorted({"".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(24)})    # random words
-TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}
-REAL = [word for words in CLASSES.values() for word in words]
+TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}    # never changes
+REAL = [word for words in CLASSES.values() for word in words]    # real words, for copying
 # the words of the published formats: training text has them in random order only
 FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
 value Answer very short Python program Use the to resolve variable question Program Question""".split()
+# of the families below
+OTHERS = """+ - = ? How Where Which always animal as carried do does eat finds has have home keep keeps like likes live
+lives loses many more orders pet they together took work works""".split()
+# a word is one token, whatever stands around it; a name that is assigned is another token than its value
+PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
+SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
+WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
 
 # -----------------------------------------------------------------------------
 # families: random.Random, options -> body, [(question, answer), ...]
 
 def lookups(rng, hops=1):
-    """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its =
-
-    Half of the documents are plain: numbers only. In the others each further name is assigned to an earlier one, at
-    most `hops` assignments away from a number.
-    """
-    plain = rng.random() < 0.5
+    """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its ="""
+    plain = rng.random() < 0.5      # numbers only
     n, further = (rng.randint(2, 6), 0) if plain else (rng.randint(2, 5), rng.randint(2, 8))
-    # 1. numbers for the first names, names of earlier ones for the others
+    # 1. numbers for n names; each further name is that of an earlier one, at most `hops` away from a number
     names = rng.sample(NAMES, n + further)
     value = dict(zip(names[:n], rng.sample(NUMBERS, n)))
     distance, body = dict.fromkeys(value, 0), [f"{name}={number}" for name, number in value.items()]
     for name in names[n:]:
-        source = rng.choice([other for other in distance if distance[other] < hops])
+        source = rng.choice([other for other in distance if distance[other] < hops])    # near enough to a number
         value[name], distance[name] = value[source], distance[source] + 1
         body.append(f"{name}={source}")
     # 2. each name three times, in three orders
-    asked, questions = [name for _ in range(3) for name in rng.sample(names, len(names))], []
-    for name in asked:
-        bare = rng.random() < 0.25
-        questions.append((name, f" {value[name]}") if bare else (f"{name}=", value[name]))
+    asked = [name for _ in range(3) for name in rng.sample(names, len(names))]
+    questions = [(name, f" {value[name]}") if rng.random() < 0.25 else (f"{name}=", value[name]) for name in asked]
     return "\n".join(body) + "\n", questions
 
 
@@ -98,7 +99,7 @@ def lists(rng):
     """cup 7 zor k key / 7 zor k| key      pieces of a list again: of any words, so that copying is learned as such"""
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
-        start = rng.randrange(len(words) - 2)
+        start = rng.randrange(len(words) - 2)    # a piece has three words or more
         piece = words[start:start + rng.randint(3, 6)]
         pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
     return " ".join(words) + "\n", pieces
@@ -106,10 +107,9 @@ def lists(rng):
 
 def rule(rng, lines=16):
     """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
-    # which label belongs to which class is new in every puzzle: only the lines before tell it
-    kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)
+    kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
     words = rng.sample([(word, f" {label}") for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
-    return " ".join(rng.sample(labels, 4)) + "\n", words
+    return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
 def open_book(rng):
@@ -117,6 +117,7 @@ def open_book(rng):
     people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)    # four candidates
     body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
             for who, thing, place in zip(people, things, places)]
+    # a person is where the thing is
     where = dict(zip(people, places)) | {f"the {thing}": place for thing, place in zip(things, places)}
     return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where.items()]
 
@@ -156,10 +157,9 @@ def word_problem(rng):
     count, who, n = [rng.randint(1, 9), rng.randint(1, 9)], rng.randrange(2), rng.randint(1, 9)
     word = rng.choice(THINGS)
     body = " ".join(f"{person} has {c} {word} ." for person, c in zip(people, count))
-    if n < count[who] and rng.random() < 0.5:
-        body, count[who] = f"{body} {people[who]} loses {n} .", count[who] - n
-    else:
-        body, count[who] = f"{body} {people[who]} finds {n} more .", count[who] + n
+    loses = n < count[who] and rng.random() < 0.5
+    body += f" {people[who]} loses {n} ." if loses else f" {people[who]} finds {n} more ."
+    count[who] += -n if loses else n
     return body + "\n", [(f"How many does {people[who]} have ?", f" {count[who]}"),
                          ("How many do they have together ?", f" {sum(count)}")]
 
@@ -176,25 +176,23 @@ WORDINGS = {    # of one puzzle: header, question, what stands before the answer
 
 
 def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
-    """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last
-
-    So every value is right equally often: no shortcut beats a guess. The primitive "variable assignment" is the same
-    puzzle in a published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10
-    """
+    """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last: every value is
+    right equally often, and no shortcut beats a guess. The primitive "variable assignment" is the same puzzle in a
+    published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10"""
     header, question, space = WORDINGS[wording]
     names = rng.sample(names, 5 * (hops + 1))
     level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
     body = [f"{name}={number}\n" for name, number in level.items()]
     for i in range(5, len(names), 5):
-        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))
+        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))    # each name of the next level: one of this
         body += [f"{name}={other}\n" for name, other in source.items()]
-        level = {name: level[other] for name, other in source.items()}
+        level = {name: level[other] for name, other in source.items()}    # the last level is asked for
     return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
 
 
 def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
-    words = rng.sample(words, 10)
+    words = rng.sample(words, 10)    # the list, then five of it again: which word is next?
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
@@ -203,61 +201,38 @@ def preschool(rng, calculation=True):
     """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7"""
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
-    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))
+    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))    # of x, of y
     value = (-x if sign else x) + (y if op == "+" else -y)
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
-
-# -----------------------------------------------------------------------------
-# words: one token each, whatever stands around them; a name that is assigned is another token than its value
-
-PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
-
-
-def world_words():
-    """All pieces of the world's text and tasks."""
-    rng, pieces = random.Random(0), {*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS, *PEOPLE, *REAL,
-                                     *LABELS, *FORMAT, "\n"}
-    for family in (open_book, word_problem, arithmetic, sums, portrait, closed_book):
-        for _ in range(100):
-            body, questions = family(rng)
-            pieces.update(re.findall(PIECES, body + " ".join(f"{q} {a}" for q, a in questions)))
-    return sorted(pieces)
-
-
-WORDS = world_words()
-SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 
 # -----------------------------------------------------------------------------
 # training text and tasks
 
 STREAMS = {     # weights of the documents
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
-    "math": {lookups: 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
+    "math": {functools.partial(lookups, hops=3): 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
 # chance: of a guess among the possible answers (of preschool, 17 for each pair of signs), or, of word problems, of the
-# most frequent answer
-TASKS = {   # name: family, options, chance
-    **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5) for hops in range(7)},
-    "copy-random": (copying, {"words": LABELS}, 1 / 5), "copy-real": (copying, {"words": REAL}, 1 / 5),
+# most frequent answer. shots: worked examples before a question, five in the published formats, as published
+TASKS = {   # name: family, options, chance, shots
+    **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5, 0) for hops in range(7)},
+    "copy-random": (copying, {"words": LABELS}, 1 / 5, 5), "copy-real": (copying, {"words": REAL}, 1 / 5, 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       (chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5)
+       (chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5, 5)
        for depth in (0, 1, 2) for wording in ("basic", "math", "code")},
-    "preschool": (preschool, {"calculation": False}, 1 / 17),
-    "preschool-calc": (preschool, {}, 1 / 17),
-    "rule": (rule, {}, 1 / 4), "closed-book": (closed_book, {}, 1 / 12), "open-book": (open_book, {}, 1 / 4),
-    "word-problem": (word_problem, {}, 1 / 10)}
+    "preschool": (preschool, {"calculation": False}, 1 / 17, 5), "preschool-calc": (preschool, {}, 1 / 17, 5),
+    "rule": (rule, {}, 1 / 4, 12), "closed-book": (closed_book, {}, 1 / 12, 0), "open-book": (open_book, {}, 1 / 4, 0),
+    "word-problem": (word_problem, {}, 1 / 10, 0)}
+HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
 
 
-def is_heldout(instance):
-    """One in eight bodies (questions, where there is no body) is never in training text: by checksum."""
-    return zlib.crc32(instance.encode()) % 8 == 0   # by content: no list to keep, and none to leak
-
-
-def puzzle(family, options, rng, heldout):
+def puzzle(family, rng, heldout, **options):
+    """A puzzle. One in eight bodies (questions, where there is no body) is held out, so never in training text: by its
+    checksum, so that there is no list to keep, and none to leak."""
     while True:
         body, questions = family(rng, **options)
-        questions = [(q, a) for q, a in questions if is_heldout(body or q) == heldout]
-        if questions:
+        questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
+        if questions:    # else another puzzle
             return body, questions
 
 
@@ -266,14 +241,13 @@ def document(rng, stream, heldout=False):
     family in a row, with the same random words of FORMAT before each and around its questions. So the words of the
     published formats are known, but not their order."""
     family, = rng.choices(list(STREAMS[stream]), list(STREAMS[stream].values()))    # by weight
-    options = {"hops": 3} if family is lookups and stream == "math" else {}
     if family is portrait or rng.random() < 9 / 10:
-        body, questions = puzzle(family, options, rng, heldout)
+        body, questions = puzzle(family, rng, heldout)
         return body + "".join(f"{q}{a}\n" for q, a in questions)
     header, before, after = (" ".join(rng.choices(FORMAT + ["\n"], k=rng.randint(0, most))) for most in (8, 4, 4))
     text = ""
     for _ in range(rng.randint(2, 4)):
-        body, questions = puzzle(family, options, rng, heldout)
+        body, questions = puzzle(family, rng, heldout)
         questions = rng.sample(questions, min(len(questions), 3))
         text += f"{header}\n{body}" + "".join(f"{before} {q} {after} {a.strip()}\n" for q, a in questions) + "\n"
     return text
@@ -282,24 +256,15 @@ def document(rng, stream, heldout=False):
 def example(task, rng, shots=0, heldout=True):
     """-> prompt, answer. Before the question stand `shots` worked examples that are not held out, an empty line after
     each. Of a rule they are earlier lines of the same puzzle."""
-    family, options, _ = TASKS[task]
+    family, options, *_ = TASKS[task]
     if family is rule:
-        body, [*before, (question, answer)] = puzzle(rule, {"lines": shots + 1}, rng, heldout)
+        body, [*before, (question, answer)] = puzzle(rule, rng, heldout, lines=shots + 1)
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
-    body, questions = puzzle(family, options, rng, heldout)
+    body, questions = puzzle(family, rng, heldout, **options)
     question, answer = rng.choice(questions)
     rng = random.Random(rng.random())       # another generator: the next question is the same at any number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + body + question, answer
-
-
-HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
-# worked examples before a question: five in the published formats, as published; else none
-SHOTS = {**{task: 5 for task in TASKS if task.startswith(("copy", "assign", "preschool"))}, "rule": 12}
-
-
-def ask(question):
-    return f"Question: {question}\nAnswer:"
 
 
 def world_spec():
@@ -318,25 +283,30 @@ def world_row(tokenizer, context, stream, heldout, seed, number):
 # files of text and of questions
 
 def read_jsonl(file):
-    """The objects in the lines of a .jsonl or .jsonl.gz file; blank lines and a byte order mark are skipped.
-    Raises ValueError naming the line that is not an object."""
-    number = 0
+    """The objects in the lines of a .jsonl or .jsonl.gz file; blank lines and a byte order mark are skipped."""
+    number = 1
     with (gzip.open if file.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     item = json.loads(line)
-                    if not isinstance(item, dict):
+                    if not isinstance(item, dict):    # json alone takes a list or a number
                         raise ValueError("not an object")
                     yield item
         except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8
-            raise ValueError(f"{file}, line {number or 1}: {error}")
+            raise ValueError(f"{file}, line {number}: {error}")
 
 
 def text_of(item, name):
-    """A field of a line as text, or None where there is none. A number counts as text."""
+    """A field of a line as text, "" where there is none. A number counts as text."""
     value = item.get(name)
-    return str(value) if isinstance(value, (str, int, float)) and str(value).strip() else None
+    return str(value) if isinstance(value, (str, int, float)) and str(value).strip() else ""
+
+
+def pair_of(item):
+    """ "question" and "answer" of a line -> prompt, answer; () where one is missing."""
+    question, answer = text_of(item, "question"), text_of(item, "answer")
+    return (f"Question: {question}\nAnswer:", f" {answer}") if question and answer else ()
 
 
 def check_text_file(file):
@@ -350,16 +320,14 @@ def check_text_file(file):
 def documents(file, field=None):
     """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field` ("text"), else its
     "question" and "answer"."""
-    if not file.lower().endswith((".jsonl", ".gz")):
+    if file.lower().endswith((".txt", ".md")):
         try:
             yield pathlib.Path(file).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: {error}")
         return
     for item in read_jsonl(file):
-        question, answer = text_of(item, "question"), text_of(item, "answer")
-        asked = question and answer and f"{ask(question)} {answer}"
-        text = text_of(item, field or "text") or asked
+        text = text_of(item, field or "text") or "".join(pair_of(item))
         if not text:
             raise ValueError(f"{file}: a line has no text; it has {', '.join(item)}: name one with --field")
         yield text
@@ -369,10 +337,10 @@ def bin_tokens(file, tokenizer):
     """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
-    # llm.c's header is 256 numbers
     header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
-    if size >= 1024 and header[0] in (20240520, 20240801):      # its first number says: GPT-2's, or Llama 3's tokens
-        dtype = np.uint16 if header[0] == 20240520 else np.uint32
+    # the header's first number says whose tokens follow
+    dtype = {20240520: np.uint16, 20240801: np.uint32}.get(header[0]) if size >= 1024 else None     # GPT-2's, Llama 3's
+    if dtype:
         tokens = np.memmap(file, dtype, mode="r", offset=1024, shape=(int(header[2]),))     # refuses a file cut short
     elif size == 0 or size % 2:
         raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
@@ -380,11 +348,9 @@ def bin_tokens(file, tokenizer):
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
         if len(tokens) > 8 and not tokens[1::2][:1000].any():
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
-    for start in range(0, len(tokens), 2 ** 24):
-        part = tokens[start:start + 2 ** 24]
+    for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a shard may not fit the memory
         if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
-            raise ValueError(f"{file} holds token {part.max()}, but the encoding has {tokenizer.n_vocab}: name the "
-                             f"one that it was made with by --encoding")
+            raise ValueError(f"{file} holds token {part.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
         yield part
 
 
@@ -394,19 +360,15 @@ def encode_files(files, tokenizer, field=None):
         check_text_file(file)
         if file.lower().endswith(".bin"):
             yield from bin_tokens(file, tokenizer)
-        else:
-            for text in tqdm(documents(file, field), desc=f"encoding {file}", unit=" documents", leave=False,
-                             disable=None):
-                yield np.array([tokenizer.eot] + tokenizer.encode(text))
+            continue
+        for text in tqdm(documents(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
+            yield np.array([tokenizer.eot] + tokenizer.encode(text))
 
 
 def rows_of(file, checkpoint, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
-    tokenizer, width, tokens = get_tokenizer(checkpoint["tokenizer"]), min(context, 256) + 1, []
-    for part in encode_files([file], tokenizer):
-        tokens.extend(part[:n * width - len(tokens)].tolist())
-        if len(tokens) == n * width:
-            break
+    tokens, width = encode_files([file], get_tokenizer(checkpoint["tokenizer"])), min(context, 256) + 1
+    tokens = [int(token) for token in itertools.islice(itertools.chain.from_iterable(tokens), n * width)]
     if len(tokens) < width:
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
     return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
@@ -422,15 +384,11 @@ def encode_example(tokenizer, prompt, answer):
     return [tokenizer.eot] + both[:same], both[same:]
 
 
-class TooLong(ValueError):
-    """A task's questions do not fit the context."""
-
-
 @functools.lru_cache        # a log line or another path asks the same questions again
 def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
     """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
     longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
-    for fitting in range(shots, -1, -1):
+    for fitting in range(shots, -1, -1):    # fewer, until the longest fits
         examples = {}
         for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
             name = f"{seed} {task} {i}"
@@ -439,10 +397,9 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
                 examples[question] = encode_example(tokenizer, *example(task, random.Random(name), fitting))
             if len(examples) == n:
                 break
-        examples = list(examples.values())
-        if max(len(prompt) + len(answer) for prompt, answer in examples) <= context:
-            return examples, fitting
-    raise TooLong(f"a question of {task} is longer than the context of {context}")
+        if max(len(prompt) + len(answer) for prompt, answer in examples.values()) <= context:
+            return list(examples.values()), fitting
+    raise ValueError(f"a question of {task} is longer than the context of {context}")
 
 
 def padded(examples):
@@ -457,9 +414,9 @@ def padded(examples):
 def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
     """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
     (standard error), n, chance, shots that fit."""
-    shots = SHOTS.get(task, 0) if shots is None else shots
-    examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
-    return {**proportion(score_rows(model, *padded(examples), path)[1]), "chance": TASKS[task][2], "shots": shots}
+    *_, chance, own = TASKS[task]
+    examples, shots = encode_examples(task, tokenizer, model.config.context, n, own if shots is None else shots, seed)
+    return {**proportion(score_rows(model, *padded(examples), path)[1]), "chance": chance, "shots": shots}
 
 
 def proportion(right):
@@ -471,56 +428,47 @@ def proportion(right):
 def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
     """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
     the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
+    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")    # the model itself stays
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
     # fine-tuning examples are not held out, tests are
     tests = padded(encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)[0])
     tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
     optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
     for step in range(1, steps + 1):
-        tuned(tokens, targets)[1].backward()
+        tuned(tokens, targets)[1].backward()    # all examples in each step
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:
+        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:    # six tests in 100 steps
             scores.append(score_rows(tuned, *tests)[1].float().mean().item())
     return statistics.mean(scores)
 
 # -----------------------------------------------------------------------------
 # a file of questions and answers, under greedy generation
 
-NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
-
-
-def number_of(text):
-    """"-$1,234.50" -> Fraction, or None for a text that is not a number."""
-    text = text.strip()
-    return Fraction(re.sub("[$,]", "", text)) if re.fullmatch(NUMBER, text) else None
+NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     # -$1,234.50, .5, 3/4
 
 
 def is_same(prediction, reference):
     """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
     with the last number of the prediction, any other answer as a whole."""
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
-    if number_of(reference) is None:
-        return " ".join(prediction.split()) == " ".join(reference.split())
-    found = re.findall(NUMBER, prediction)  # the last number is the answer, as in GSM8K's scoring
-    return bool(found) and number_of(found[-1]) == number_of(reference)
+    if not re.fullmatch(NUMBER, reference):    # text: the whole of it counts
+        return prediction.split() == reference.split()
+    found = re.findall(NUMBER, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
+    values = [Fraction(re.sub("[$,]", "", number)) for number in (*found, reference)]
+    return len(values) == 2 and values[0] == values[1]
 
 
 def read_questions(file, n=None, shots=0, skip=0):
     """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first `shots` lines are worked examples of
     all others; the first `skip` lines are not asked, so that the questions are the same at every number of shots."""
-    pairs = []
-    for item in read_jsonl(file):
-        question, answer = text_of(item, "question"), text_of(item, "answer")
-        if not question or not answer:
-            raise ValueError(f"{file}: question {len(pairs) + 1} has no question or no answer")
-        pairs.append((ask(question), f" {answer}"))
-    skip = max(skip, shots)
+    pairs, skip = [pair_of(item) for item in read_jsonl(file)], max(skip, shots)
+    if () in pairs:
+        raise ValueError(f"{file}: question {pairs.index(()) + 1} has no question or no answer")
     if len(pairs) <= skip:
         raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
-    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
+    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])    # the worked examples
     return [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
 
 
@@ -538,11 +486,11 @@ def answer_questions(model, tokenizer, questions, length, path=None):
 
 
 def examples_of(args, checkpoint, context):
-    """What a scan asks: --data, --questions or --task -> tokens, targets (n, T)"""
+    """What a scan (loop.py) asks: --data, --questions or --task -> tokens, targets (n, T)"""
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if args.data:
         rows = rows_of(args.data, checkpoint, context, args.n)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return rows[:, :-1], rows[:, 1:]    # every token is predicted
     if args.questions:
         pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
         fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
@@ -553,52 +501,50 @@ def examples_of(args, checkpoint, context):
         return padded(fitting)
     if args.task not in TASKS:
         raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
-    return padded(encode_examples(args.task, tokenizer, context, args.n, SHOTS.get(args.task, 0), args.seed)[0])
+    *_, shots = TASKS[args.task]
+    return padded(encode_examples(args.task, tokenizer, context, args.n, shots, args.seed)[0])
 
 # -----------------------------------------------------------------------------
-# measurements are rows; tables are printed from rows
+# what is measured of a model: table, what its line says after the model's name, column, score, such as
+# "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}
 
 def measure(args, model, checkpoint):
-    """All that was asked for, of one model, one after another -> table, suffix of its line, column, score, such as
-    "along paths", " 3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
-    paths = {"": None} | {f" {name}": path for name, path in paths_of(args, model.config).items()}
-    if args.curves:
-        return curves(checkpoint)
-    if args.finetune:
-        return fine_tuning_curve(args, model, checkpoint)
-    return question_scores(args, model, checkpoint, paths) if args.questions else scores(args, model, checkpoint, paths)
+    """All that was asked for, of one model."""
+    asked = fine_tuning_curve if args.finetune else question_scores if args.questions else scores
+    return (curves if args.curves else asked)(args, model, checkpoint)
 
 
-def scores(args, model, checkpoint, paths):
+def scores(args, model, checkpoint):
     """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
-    table = "along paths" if len(paths) > 1 else "tasks"
+    paths = {"": None} | paths_of(args, model.config)
+    table = "along paths" if len(paths) > 1 else "tasks"    # the first path is the model's own
     if not args.shots:
         if table == "tasks" and checkpoint.get("log"):      # a share of a plain model's
             yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
-        for name, (suffix, path) in itertools.product(checkpoint["heldout"], paths.items()):
-            yield table, suffix, f"loss {name}", {"value": estimate_loss(model, checkpoint["heldout"][name], path)}
+        for name, (where, path) in itertools.product(checkpoint["heldout"], paths.items()):
+            yield table, where, f"loss {name}", {"value": estimate_loss(model, checkpoint["heldout"][name], path)}
     tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks else None
-    for task, shots, (suffix, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
+    for task, shots, (where, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
         try:
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-        except TooLong as error:
+        except ValueError as error:     # too long for the context
             tqdm.write(f"{error}: left out")
             continue
         if shots is None:
-            yield table, suffix, task, score
+            yield table, where, task, score
         elif score["shots"] == shots:       # else so many do not fit the context
-            yield f"{task}: accuracy by number of shots", suffix, str(shots), score
+            yield f"{task}: accuracy by number of shots", where, str(shots), score
 
 
-def question_scores(args, model, checkpoint, paths):
+def question_scores(args, model, checkpoint):
     """Right answers to a file of questions, by the number of shots and along each path."""
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    table = f"{os.path.basename(args.questions)}: right answers by shots"
-    for shots, (suffix, path) in itertools.product(args.shots or [0], paths.items()):
-        questions = read_questions(args.questions, args.n, shots, skip=max(args.shots or [0]))
+    tokenizer, paths = get_tokenizer(checkpoint["tokenizer"]), {"": None} | paths_of(args, model.config)
+    table, all_shots = f"{os.path.basename(args.questions)}: right answers by shots", args.shots or [0]
+    for shots, (where, path) in itertools.product(all_shots, paths.items()):
+        questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
         right = answer_questions(model, tokenizer, questions, args.length, path)
         if len(right):
-            yield table, suffix, str(shots), proportion(right)
+            yield table, where, str(shots), proportion(right)
 
 
 def fine_tuning_curve(args, model, checkpoint, draws=3):
@@ -611,92 +557,59 @@ def fine_tuning_curve(args, model, checkpoint, draws=3):
             "chance": TASKS[task][2]}
 
 
-def curves(checkpoint):
+def curves(args, model, checkpoint):
     """What the log of a run has at each step, but for the lines just after growth."""
     for row in checkpoint.get("log", []):
-        for column in row:
-            if column.startswith(("hops-", "loss ")) and "growth" not in row:
-                yield "training", f" step {row['step']}", column, {
-                    "value": row[column], **{name: row[name] for name in ("step", "depth", "flops_share")}}
+        kept = {name: row[name] for name in ("step", "depth", "flops_share")}
+        for column in [] if "growth" in row else row:    # the line before growth has the same step
+            if column.startswith(("hops-", "loss ")):
+                yield "training", f"step {row['step']}", column, {"value": row[column], **kept}
 
-
-def run_of(name):
-    """One name for one file, however it is written: what rows say that they are of."""
-    return os.path.relpath(name) if os.path.exists(name) else name
-
-
-def check_names(rows):
-    """Raises ValueError where rows of two runs would be taken for one's."""
-    runs = {}
-    for row in rows:
-        other = runs.setdefault((row["model"], row["seed"]), row.get("run"))
-        if other != row.get("run"):
-            raise ValueError(f"{other} and {row.get('run')} have one name and one seed: rename a folder")
-
-
-def line_of(row):
-    """The line of a table that a row belongs to: a model, or a model along a path."""
-    return row["model"] + row.get("suffix", "")
-
+# -----------------------------------------------------------------------------
+# measurements are rows; tables and figures are made of rows
 
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def plot_lines(file, rows):
-    """A panel for each column of the rows of --curves, or of signatures.py by visit: mean and range over the seeds of
-    each model. Training is drawn against its FLOPs, with a dot where the model grows."""
-    from matplotlib.figure import Figure
-    (_, cells, names, columns), = tables_of(rows)
-    x = "visit" if "visit" in rows[0] else "flops_share"
-    figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
-    for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        lines = {}      # {model and path: [{seed: row} of each step or visit]}
-        for name in names:
-            if (name, column) in cells:
-                lines.setdefault(re.sub(" (step|visit) .*", "", name), []).append(cells[name, column])
-        for i, (name, places) in enumerate(lines.items()):
-            # 1. mean and range; a step that one of the seeds lacks is left out
-            seeds = set().union(*places)
-            found = [list(by_seed.values()) for by_seed in places if by_seed.keys() == seeds]
-            at, mean = ([statistics.mean(row[key] for row in place) for place in found] for key in (x, "value"))
-            low, high = ([end(row["value"] for row in place) for place in found] for end in (min, max))
-            axis.plot(at, mean, color=f"C{i}", label=name)
-            axis.fill_between(at, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-            # 2. a dot where the next line of the log is of a deeper model
-            depths = [place[0].get("depth") for place in found]
-            grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
-            axis.plot([at[p] for p in grows], [mean[p] for p in grows], "o", color=f"C{i}", markersize=4)
-        if column in TASKS:
-            axis.axhline(TASKS[column][2], color="grey", linewidth=0.7, linestyle=":")
-            axis.set_ylim(0, 1.02)
-        axis.set(title=column, xlabel="visit" if x == "visit" else "share of a plain model's FLOPs")
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+def read_table(file):
+    """The rows of a file that --results wrote."""
+    rows = list(read_jsonl(file))
+    kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
+    if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
+        raise ValueError(f"{file} has rows that --results did not write")
+    check_names(rows)
+    return rows
+
+
+def check_names(rows):
+    """Raises ValueError where rows of two runs would be taken for one's."""
+    runs = {}
+    for row in rows:
+        run = row.get("run")
+        if (other := runs.setdefault((row["model"], row["seed"]), run)) != run:
+            raise ValueError(f"{other} and {run} have one name and one seed: rename a folder")
 
 
 def tables_of(rows):
-    """-> for each table: its name, {(line, column): {seed: row}}, its lines and its columns. What is measured again
-    counts once."""
-    check_names(rows)
-    for table in dict.fromkeys(row["table"] for row in rows):
-        cells = {}
-        for row in (row for row in rows if row["table"] == table):
-            cells.setdefault((line_of(row), row["column"]), {})[row["seed"]] = row
+    """-> of each table its name, {(line, column): {seed: row}}, lines, columns. What is measured again counts once."""
+    tables = {}
+    for row in rows:
+        place = row["model"] + row.get("suffix", ""), row["column"]     # a line is a model, or a model along a path
+        tables.setdefault(row["table"], {}).setdefault(place, {})[row["seed"]] = row
+    for table, cells in tables.items():
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
 
 
 def print_tables(rows):
-    """Prints one table per kind of row: a line per model, a column per measurement, or the other way round where there
-    are more of these. A cell is the mean over the seeds with their standard deviation, or, of one seed, with the
-    standard error of its examples; where it has fewer seeds than its line, their number follows."""
+    """A line per model, a column per measurement, or the other way round where there are more of these."""
     for table, cells, names, columns in tables_of(rows):
         # 1. a line per model
         lines = [["", "seeds", *columns]]
         for name in names:
-            found = [cells.get((name, column), {}) for column in columns]
-            seeds = len(set().union(*found))
+            found = [cells.get((name, column), {}) for column in columns]       # {seed: row} each
+            seeds = len(set().union(*found))    # the line's own number: a cell may have fewer
             lines.append([name, str(seeds), *(cell(list(by_seed.values()), seeds) for by_seed in found)])
         # 2. what the scores of a column share, as 20 or as 2-5
         for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
@@ -713,38 +626,7 @@ def print_lines(title, lines):
     first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
     print(f"\n{title}")
     for name, *texts in lines:
-        line = f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))
-        print(line.rstrip())
-
-
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
-
-
-def print_differences(rows, names):
-    """Of two lines of the tables, the first less the second; of four, (first - second) - (third - fourth). Paired by
-    seed: the mean over the seeds that all have, and its 95% interval by Student's t. Raises ValueError for no line."""
-    if missing := set(names) - set(map(line_of, rows)):
-        raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
-    printed = False
-    for table, cells, _, columns in tables_of(rows):
-        lines = [["", "seeds", "difference", "95% interval"]]
-        for column in columns:
-            found = [cells.get((name, column), {}) for name in names]
-            differences = [sum(sign * by_seed[seed]["value"] for sign, by_seed in zip((1, -1, -1, 1), found))
-                           for seed in set.intersection(*map(set, found))]
-            if len(differences) < 2:
-                continue
-            scale, digits = scale_of(next(iter(found[0].values())))
-            mean, n = statistics.mean(differences), len(differences)
-            half = STUDENT[min(n - 2, 8)] * statistics.stdev(differences) / n ** 0.5
-            low, high = (f"{scale * x:.{digits}f}" for x in (mean - half, mean + half))
-            lines.append([column, str(n), f"{scale * mean:+.{digits}f}", f"{low} to {high}"])
-        if len(lines) > 1:
-            what = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})"
-            print_lines(f"{table}: {what.format(*names)}", lines)
-            printed = True
-    if not printed:
-        raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
+        print((f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))).rstrip())
 
 
 def scale_of(row):
@@ -753,47 +635,109 @@ def scale_of(row):
 
 
 def cell(rows, seeds):
-    """A cell's text. rows: of one column, one per seed; seeds: how many its line has."""
+    """rows: one per seed -> mean ± standard deviation, or, of one seed, ± the standard error of its examples; and their
+    number, where their line has more `seeds`."""
     if not rows:
         return "-"
-    values = [row["value"] for row in rows]
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else rows[0].get("se")
     scale, digits = scale_of(rows[0])
-    return (f"{scale * mean:.{digits}f}" + ("" if spread is None else f"±{scale * spread:.{digits}f}")
-            + (f" ({len(rows)})" if len(rows) < seeds else ""))
+    values = [row["value"] for row in rows]
+    spread = [statistics.stdev(values)] if len(rows) > 1 else [row["se"] for row in rows if "se" in row]
+    text = "±".join(f"{scale * x:.{digits}f}" for x in (statistics.mean(values), *spread))
+    return text + (f" ({len(rows)})" if len(rows) < seeds else "")
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
+
+
+def print_differences(rows, names):
+    """Of lines of the tables 1 - 2, or (1 - 2) - (3 - 4), paired by seed: the mean over the seeds that all have, and
+    its 95% interval by Student's t."""
+    title, printed = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})", False
+    signs = np.array([1, -1, -1, 1])[:len(names)]
+    for table, cells, _, columns in tables_of(rows):
+        lines = [["", "seeds", "difference", "95% interval"]]
+        for column in columns:
+            found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
+            seeds = set.intersection(*map(set, found))    # in pairs: of all lines
+            if len(seeds) < 2:
+                continue
+            scale, digits = scale_of(next(iter(found[0].values())))
+            values = np.array([[scale * by_seed[seed]["value"] for seed in seeds] for by_seed in found])
+            difference = signs @ values                                         # (lines, seeds) -> (seeds,)
+            mean, n = difference.mean(), len(seeds)
+            half = STUDENT[min(n - 2, 8)] * difference.std(ddof=1) / n ** 0.5
+            interval = f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
+            lines.append([column, str(n), f"{mean:+.{digits}f}", interval])
+        if len(lines) > 1:
+            print_lines(f"{table}: {title.format(*names)}", lines)
+            printed = True
+    if not printed:
+        raise ValueError(f"there is nothing to compare: {', '.join(names)} share no table with two seeds or more")
+
+
+def plot_lines(file, rows, x, labels):
+    """A panel for each column: mean and range over the seeds of each model against x, "flops_share" or "visit", with a
+    dot where the model grows. labels: {x or column: what its axis says}; other columns are left out."""
+    from matplotlib.figure import Figure
+    panels = {}     # {column: {model and path: {step or visit: {seed: row}}}}
+    for row in rows:
+        if x in row and row["column"] in labels:
+            line = re.sub(" (step|visit) .*", "", row["model"] + row["suffix"])
+            places = panels.setdefault(row["column"], {}).setdefault(line, {})
+            places.setdefault(row["suffix"], {})[row["seed"]] = row
+    if not panels:
+        raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(list(labels)[1:]))
+    figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
+    for axis, (column, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for i, (line, places) in enumerate(lines.items()):
+            # 1. a step that one of the seeds lacks is left out
+            seeds = set().union(*places.values())
+            found = [list(by_seed.values()) for by_seed in places.values() if by_seed.keys() == seeds]
+            at = np.mean([[row[x] for row in by_seed] for by_seed in found], axis=1)        # (steps or visits,)
+            values = np.array([[row["value"] for row in by_seed] for by_seed in found])     # (steps or visits, seeds)
+            # 2. the model grows where the next line of the log is of a deeper one
+            depths = [by_seed[0].get("depth") for by_seed in found]
+            grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
+            axis.plot(at, values.mean(1), color=f"C{i}", label=line, marker="o" if grows else "", markevery=grows, ms=4)
+            axis.fill_between(at, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, linewidth=0)
+        if column in TASKS:
+            axis.axhline(TASKS[column][2], color="grey", linewidth=0.7, linestyle=":")      # a guess
+            axis.set_ylim(0, 1.02)
+        axis.set(title=column, xlabel=labels[x], ylabel=labels[column])
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 # -----------------------------------------------------------------------------
 
 def label_of(name, checkpoint):
-    """-> the label of a model's line in tables, and its seed. Of a run it is the folder's name without the seed at its
-    end, so that runs that differ in the seed share a line."""
+    """What tells the rows of a model from others' -> dict: model, its line in tables, which is a run's folder without
+    the seed at its end, so that its seeds share a line; seed; run, one name for one file, however it is written."""
     seed = checkpoint.get("args", {}).get("seed", 0)
-    folder, file = os.path.split(os.path.abspath(name))
+    folder, line = os.path.split(os.path.abspath(name))
     if os.path.isfile(name):
-        file = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{file}".replace("/ckpt.pt", "")
-    return file, seed
+        line = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{line}".replace("/ckpt.pt", "")
+    return {"model": line, "seed": seed, "run": os.path.relpath(name) if os.path.exists(name) else name}
 
 
 def rows_of_models(args, measure):
     """What a command measures of its models, one after another -> rows, each appended to --results as it comes.
-    measure(args, model, checkpoint) yields table, suffix of the line, column, score."""
+    measure(args, model, checkpoint) yields table, what the line says after the model's name, column, score."""
     device, rows = pick_device(args.device), []
     known = read_table(args.results) if args.results and os.path.exists(args.results) else []
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in map(run_of, args.models):
+    for name in dict.fromkeys(args.models):     # one that is named twice is measured once
         model, checkpoint = load_checkpoint(name, device)
-        label, seed = label_of(name, checkpoint)
-        check_names([*known, *rows, {"model": label, "seed": seed, "run": name}])
+        label = label_of(name, checkpoint)
+        check_names([*known, *rows, label])    # before it is measured
         if args.data:           # in place of the model's own held-out text
             text = rows_of(args.data, checkpoint, model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
-        measured = measure(args, model, checkpoint)
-        for table, suffix, column, score in tqdm(measured, desc=name, unit=" rows", leave=False, disable=None):
-            rows.append({"table": table, "model": label, "suffix": suffix, "seed": seed, "run": name, "column": column,
-                         **score})
-            if args.results:
+        measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
+        for table, where, column, score in measured:
+            rows.append({"table": table, **label, "suffix": f" {where}" if where else "", "column": column, **score})
+            if args.results:    # row by row: what is measured is kept
                 append_rows(args.results, rows[-1:])
     return rows
 
@@ -806,19 +750,15 @@ CONFLICTS = {   # an option: those that would mean nothing beside it
     "compare": ("json",)}
 
 
-def make_parser():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
     # what to measure
-    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS,
-                        help="default: all; --tasks alone: losses only")
-    parser.add_argument("-n", type=positive_int, help="examples per task (default: 200: standard errors up to 3.5 "
-                                                      "points), or questions (default: all)")
-    parser.add_argument("--shots", type=int, nargs="+", action="extend",
-                        help="in-context curve: numbers of worked examples")
-    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend",
-                        help="fine-tuning curve: numbers of examples")
+    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; alone: losses only")
+    parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
+    parser.add_argument("--shots", type=int, nargs="+", action="extend", help="in-context curve: worked examples")
+    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend", help="curve: examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
@@ -827,17 +767,12 @@ def make_parser():
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only where \"table: model\" has this pattern")
-    parser.add_argument("--compare", nargs="+", metavar="LINE", help="two lines of the tables: their difference, or "
-                                                                     "four: (1 - 2) - (3 - 4); with 95%% intervals")
+    parser.add_argument("--compare", nargs="+", metavar="LINE", help="lines of the tables: 1 - 2, or (1 - 2) - (3 - 4)")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
-    return parser
-
-
-def read_args():
-    args, _ = read_options(make_parser(), CONFLICTS, requires={"questions": ("length",), "table": ("only",)})
+    args, _ = read_options(parser, CONFLICTS, requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
     if args.plot and not (args.curves or args.table):
@@ -849,29 +784,14 @@ def read_args():
     check_outputs(plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
-    return args
-
-
-def read_table(file):
-    """The rows of a file that --results wrote."""
-    rows = list(read_jsonl(file))
-    kinds = {"table": [str], "model": [str], "column": [str], "seed": [int], "value": [int, float]}
-    if not all(type(row.get(name)) in kind for row in rows for name, kind in kinds.items()):
-        raise ValueError(f"{file} has rows that --results did not write")
-    return rows
-
-
-def main():
-    args = read_args()
+    # the rows, and what is shown of them
     rows = read_table(args.table) if args.table else rows_of_models(args, measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.plot:
-        rows = [row for row in rows if row["table"] == "training" and row["column"] in HOPS]
-        if not rows:
-            raise ValueError("there is no accuracy by hops to draw: it is in the logs of runs on the built-in world")
-        plot_lines(args.plot, rows)
+        x = {"flops_share": "share of a plain model's FLOPs"}
+        plot_lines(args.plot, rows, "flops_share", x | dict.fromkeys(HOPS, "accuracy"))
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:

@@ -157,15 +157,18 @@ def show_scan(model, checkpoint, args):
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
     # 1. what its rows share. A scan is known by the content of its model and examples: a copy of them is the same
-    (label, seed), what = evaluate.label_of(args.model, checkpoint), args.data or args.questions or args.task
-    shared = {"table": f"gain of {args.visits} visits: {os.path.basename(what)}", "model": label, "seed": seed,
-              "run": evaluate.run_of(args.model)} | ({} if args.data else {"n": len(tokens) // 2})
+    label, what = evaluate.label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
+    shared = {"table": f"gain of {args.visits} visits: {what}", **label}
+    if not args.data:
+        shared["n"] = len(tokens) // 2
     of = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
         of = zlib.crc32(tensor.cpu().numpy().tobytes(), of)
     # 2. what --results has of it is not measured again
     gains = {"chosen": {}, "reported": {}}      # {half: {block: row}}
-    for row in evaluate.read_table(args.results) if args.results and os.path.exists(args.results) else []:
+    known = evaluate.read_table(args.results) if args.results and os.path.exists(args.results) else []
+    evaluate.check_names([*known, label])
+    for row in known:
         if row.get("of") == of:
             gains[row["column"]][row["start"], row["end"]] = {**row, **shared}
     blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
@@ -191,9 +194,10 @@ def show_scan(model, checkpoint, args):
     evaluate.print_tables([rows[block] for block in best for rows in gains.values()])
     if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
         gain = gains["reported"][best[0]]
-        row = {**shared, "table": f"scan: the best block visited {args.visits} times", "column": os.path.basename(what)}
-        gained = {"model": f"{label} gain", "value": gain["value"], "se": gain["se"], "loop": gain["suffix"].strip()}
-        evaluate.append_rows(args.results, [{**row, "value": plain}, row | gained])
+        row = {**shared, "table": f"scan: the best block visited {args.visits} times", "column": what}
+        evaluate.append_rows(args.results, [{**row, "value": plain}, {
+            **row, "model": f"{label['model']} gain", "value": gain["value"], "se": gain["se"],
+            "loop": gain["suffix"].strip()}])
     if args.plot:
         plot_scan(args.plot, gains, n_layer, shared["table"])
 

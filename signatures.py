@@ -26,25 +26,22 @@ from model import check_outputs, estimate_loss, positive_int, run_script
 # running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
 # and layers with norm1, attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
 
-def run_visits(model, x, rope_and_mask, path):
-    """The visits of a path on x (B, T, n_embd) -> lists of h before each, a and m; the last stream."""
-    hs, attentions, mlps = [], [], []
-    for index in path:
-        layer = model.layers[index]
-        a = layer.attn(layer.norm1(x), rope_and_mask)   # (B, T, n_embd), as m
-        m = layer.mlp(layer.norm2(x + a))
-        hs.append(x)
-        attentions.append(a)
-        mlps.append(m)
-        x = x + a + m
-    return hs, attentions, mlps, x
+def run_visit(layer, x, rope_and_mask):
+    """One visit on x (B, T, n_embd) -> a, m (B, T, n_embd)."""
+    a = layer.attn(layer.norm1(x), rope_and_mask)
+    return a, layer.mlp(layer.norm2(x + a))
 
 
 def trace(model, tokens, path=None):
     """All visits on tokens (B, T) -> path; h, a, m (depth, B, T, n_embd); the last stream (B, T, n_embd)."""
-    path = model.config.resolve_path(path)
-    h, a, m, last = run_visits(model, model.embed(tokens), model.rope_and_mask(tokens), path)
-    return path, torch.stack(h), torch.stack(a), torch.stack(m), last
+    path, x, visits = model.config.resolve_path(path), model.embed(tokens), []
+    rope_and_mask = model.rope_and_mask(tokens)
+    for index in path:
+        a, m = run_visit(model.layers[index], x, rope_and_mask)
+        visits.append((x, a, m))
+        x = x + a + m
+    h, a, m = (torch.stack(parts) for parts in zip(*visits))    # (depth, B, T, n_embd) each
+    return path, h, a, m, x
 
 # -----------------------------------------------------------------------------
 # what each visit adds, and what leaving it out changes
@@ -57,11 +54,11 @@ def contributions(model, tokens, path=None):
     cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h).
     """
     _, h, a, m, _ = trace(model, tokens, path)
-    pairs = {"attention": (a, h), "mlp": (m, h + a), "update": (a + m, h)}
-    # (depth,) each
-    sizes = {name: (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)).cpu() for name, (x, y) in pairs.items()}
-    return sizes | {f"cos_{name}": F.cosine_similarity(x, y, dim=-1).mean((1, 2)).cpu()
-                    for name, (x, y) in pairs.items()}
+    result = {}
+    for name, x, y in (("attention", a, h), ("mlp", m, h + a), ("update", a + m, h)):   # (depth, B, T, n_embd) each
+        result[name] = (x.norm(dim=-1) / y.norm(dim=-1)).mean((1, 2)).cpu()
+        result[f"cos_{name}"] = F.cosine_similarity(x, y, dim=-1).mean((1, 2)).cpu()
+    return result
 
 
 @torch.no_grad()
@@ -90,27 +87,23 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     if not rows.any():
         raise ValueError("no document goes on past the future position: give longer documents or more rows")
 
-    def over_positions(x):                              # (..., B, T) -> (...)
-        return x.masked_fill(~read, 0).amax(-1)[..., rows].mean(-1).cpu()
+    def over_positions(x):                              # (B, T) -> a number
+        return x.masked_fill(~read, 0).amax(-1)[rows].mean()
 
     # 2. without each visit in turn
-    output = model.head(model.norm(last)).softmax(-1)
+    output = model.head(model.norm(last)).softmax(-1)                       # (B, T, vocab_size)
     effects, on_output = torch.zeros(len(path), len(path)), torch.zeros(len(path))
     for s in range(len(path)):
         taken = skipped.unsqueeze(-1) * update[s]       # D_s where it is left out (B, T, n_embd)
-        if local:                                       # each later visit alone
-            new_last, changed = last - taken, []
-            for visit in range(s + 1, len(path)):
-                _, (new_a,), (new_m,), _ = run_visits(model, h[visit] - taken, rope_and_mask, [path[visit]])
-                changed.append(new_a + new_m)
-        else:                                           # all later visits; nothing before s changes
-            _, new_a, new_m, new_last = run_visits(model, h[s] + update[s] - taken, rope_and_mask, path[s + 1:])
-            changed = [x + y for x, y in zip(new_a, new_m)]
-        if changed:     # the last visit has none after it
-            change = (update[s + 1:] - torch.stack(changed)).norm(dim=-1)
-            # a zero update gives no nan
-            effects[s, s + 1:] = over_positions(change / update[s + 1:].norm(dim=-1).clamp(min=1e-6))
-        on_output[s] = over_positions((output - model.head(model.norm(new_last)).softmax(-1)).norm(dim=-1))
+        x = h[s] + update[s] - taken                    # the stream after s without it; nothing before s changes
+        for later in range(s + 1, len(path)):
+            stream = h[later] - taken if local else x       # local: that of the full run, less D_s
+            a, m = run_visit(model.layers[path[later]], stream, rope_and_mask)
+            change = (update[later] - (a + m)).norm(dim=-1)                 # (B, T)
+            effects[s, later] = over_positions(change / update[later].norm(dim=-1).clamp(min=1e-6))     # no 0 / 0
+            x = x + a + m
+        new_output = model.head(model.norm(last - taken if local else x)).softmax(-1)
+        on_output[s] = over_positions((output - new_output).norm(dim=-1))
     return effects, on_output
 
 
@@ -143,7 +136,7 @@ def reordered(path, size):
         before, unit, after = path[:i], path[i:i + size], path[i + size:]
         neighbour, rest = after[:size], after[size:]    # the unit after it, and what follows
         if before or after:
-            paths["skip"].append(before + after)
+            paths["skip"].append(before + after)    # never an empty path
         if neighbour:
             paths["swap"].append(before + neighbour + unit + rest)
         if unit[::-1] != unit:                          # else it is the same path
@@ -169,7 +162,7 @@ def weight_similarity(model, path=None):
         w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
         similarity = similarity + w @ w.T / len(names)  # (n_layer, n_layer)
     path = model.config.resolve_path(path)
-    return similarity[path][:, path].cpu()
+    return similarity[path][:, path].cpu()    # visits in place of layers
 
 # -----------------------------------------------------------------------------
 # one number per claim
@@ -177,7 +170,7 @@ def weight_similarity(model, path=None):
 def late_over_middle(curve):
     """1a: mean of the last third of visits over that of the middle third (of 8 visits: 2 over 3); above 1 where late
     visits count more. First visits are large in any model and hide this in a depth score. A choice of this project."""
-    _, middle, late = curve.tensor_split(3)
+    _, middle, late = curve.tensor_split(3)    # the last ones are the shorter, where 3 does not divide the depth
     return (late.mean() / middle.mean()).item()
 
 
@@ -209,7 +202,9 @@ def convergence(curve, other):
 # -----------------------------------------------------------------------------
 # all of them for one model, and what is printed
 
-BY_VISIT = ["update", "cos_attention", "skip_output", "skip_later", "exit_kl", "exit_top5"]     # in table and figure
+BY_VISIT = {    # in table and figure: what the y axis says
+    "update": "|D| / |h|", "cos_attention": "cosine", "skip_output": "|softmax - softmax'|",
+    "skip_later": "|D - D'| / |D|", "exit_kl": "nats", "exit_top5": "share"}
 
 
 def all_signatures(model, rows, block, path=None):
@@ -224,7 +219,7 @@ def all_signatures(model, rows, block, path=None):
         result |= {f"{name}_effects": effects, f"{name}_output": on_output, f"{name}_later": later_mean(effects)}
     result["exit_kl"], result["exit_top5"] = early_exit(model, tokens, path)
     result["weights"] = weight_similarity(model, path)
-    for size in {1, block}:
+    for size in {1, block}:    # layers and blocks; once, where a block is a layer
         for name, change in reorder_effects(model, rows, size, path).items():
             result[f"{name}_{'layer' if size == 1 else 'block'}"] = change
     return result
@@ -240,10 +235,9 @@ def numbers(curves, block):
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
     if depth >= 3 * block + 1 and block > 1:        # without the first and the last block, more than one
-        period = {}
+        period = tables["1b: share of variance that visit mod block explains"] = {}
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
-        tables["1b: share of variance that visit mod block explains"] = period
     if block < depth:
         tables["weights: cosine of visits apart"] = {
             f"by {apart}": curves["weights"].diagonal(apart).mean().item() for apart in sorted({1, block})}
@@ -253,21 +247,20 @@ def numbers(curves, block):
 
 
 def measure(args, model, checkpoint):
-    """Curves by visit, and numbers, of one model along each path -> table, suffix of its line, column, score, as
-    evaluate.measure."""
+    """Curves by visit, and numbers, of one model along each path, as evaluate.rows_of_models takes them."""
     if not checkpoint["heldout"]:
         raise ValueError("this model came without held-out text: give some with --data FILE")
     rows = next(iter(checkpoint["heldout"].values()))[:args.rows]       # of a run, its general text
     for name, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
-        looped, suffix = loop_of(path), f" {name}" if name else ""
+        looped = loop_of(path)
         block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
         curves = all_signatures(model, rows, block, path)
         for column in BY_VISIT:
             for visit, value in enumerate(curves[column].tolist()):
-                yield "by visit", f"{suffix} visit {visit}", column, {"value": value, "visit": visit}
+                yield "by visit", f"{name} visit {visit}".strip(), column, {"value": value, "visit": visit}
         for table, columns in numbers(curves, block).items():
             for column, value in columns.items():
-                yield table, suffix, column, {"value": value}
+                yield table, name, column, {"value": value}
 
 
 def convergence_rows(rows):
@@ -278,15 +271,14 @@ def convergence_rows(rows):
         if "visit" in row:
             line = row["model"] + row["suffix"].split(" visit ")[0]
             curves.setdefault((line, row["seed"], row["run"]), {}).setdefault(row["column"], []).append(row["value"])
-    for (name, seed, run), mine in curves.items():
-        found = {}      # {other line: [its curves]}
+    for (line, seed, run), mine in curves.items():
+        found = {}      # {other line: convergences}
         for (other, other_seed, _), theirs in curves.items():
-            if seed != other_seed if other == name else seed == other_seed:
-                found.setdefault(other, []).append(theirs)
-        for other, others in found.items():
-            value = statistics.mean(convergence(mine[c], theirs[c]) for theirs in others for c in BY_VISIT)
-            yield {"table": "convergence: correlation of two models' curves", "model": name, "seed": seed, "run": run,
-                   "column": other, "value": value}
+            if (seed == other_seed) == (line != other):    # of one seed and two lines, or of two seeds and one line
+                found.setdefault(other, []).extend(convergence(mine[c], theirs[c]) for c in BY_VISIT)
+        for other, values in found.items():
+            yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed, "run": run,
+                   "column": other, "value": statistics.mean(values)}
 
 # -----------------------------------------------------------------------------
 
@@ -308,7 +300,7 @@ def main():
         append_rows(args.results, found)
     print_tables(rows + found)
     if args.plot:
-        plot_lines(args.plot, [row for row in rows if "visit" in row])
+        plot_lines(args.plot, rows, "visit", {"visit": "visit", **BY_VISIT})
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def test_curves_of_seeds_with_different_logs_are_drawn_where_they_meet(tmp_path)
     file = written(tmp_path / "rows.jsonl", jsonl(*rows))
     works("evaluate.py", "--table", file, "--plot", tmp_path / "growth.png")
     losses = written(tmp_path / "losses.jsonl", jsonl(*({**row, "column": "loss general"} for row in rows)))
-    refused("accuracy by hops", "evaluate.py", "--table", losses, "--plot", tmp_path / "empty.png")
+    refused("nothing to draw", "evaluate.py", "--table", losses, "--plot", tmp_path / "empty.png")
     refused("does not go with --plot", "evaluate.py", "--table", file, "--plot", tmp_path / "b.png", "--json")
 
 
