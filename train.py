@@ -154,19 +154,10 @@ def training_flops(config, rows, context, depth):
 
 
 def growth_plan(args):
-    """[(first step, depth), ...] of the whole run: one entry for a run that does not grow."""
+    """[(first step, depth), ...]: one entry for a run that has its full depth from the first step on."""
     if args.method not in METHODS:
-        # full depth from the first step
-        return [(args.start, args.layers)]
+        return [(0, args.layers)]
     return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
-
-
-def flops_until(args, config, step):
-    """Training FLOPs of all steps before this one, including those of the run given to --init."""
-    plan, flops = growth_plan(args), args.start_flops
-    for (start, depth), (end, _) in zip(plan, plan[1:] + [(args.steps, None)]):
-        flops += training_flops(config, max(0, min(step, end) - start) * args.batch, args.context, depth)
-    return flops
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
@@ -223,9 +214,7 @@ def make_optimizers(model, args):
     With AdamW alone, or an embedding that learns as fast as the layers, looking things up was learned late, and on some
     seeds never (RESULTS.md)."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    # the embedding is also the head: AdamW's, as in Jordan's recipe
-    of_layers = set(matrices)
-    embedding = [p for p in model.parameters() if p.dim() == 2 and p not in of_layers]
+    embedding = list(dict.fromkeys((model.embed.weight, model.head.weight)))    # once, where both are one matrix
     gains = [p for p in model.parameters() if p.dim() < 2]
     # share: of the learning rate, which the loop sets in each step
     muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]
@@ -316,8 +305,8 @@ def make_parser():
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    # the first step of this run; what was spent before it; the depth of the plain model that FLOPs are a share of
-    parser.set_defaults(start=0, start_flops=0, plain_layers=None)
+    # the first step of this run, and the depth of the plain model that its FLOPs are a share of
+    parser.set_defaults(start=0, plain_layers=None)
     return parser
 
 
@@ -355,8 +344,7 @@ def read_args():
         model.config.path = path or model.config.path
         default(lr=1e-4, steps=500, batch=8, context=min(512, model.config.context))
         if "optimizers" in checkpoint:      # a run: its steps are counted on, without another warm-up
-            default(**checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"],
-                                            "start_flops": checkpoint["log"][-1]["flops"]})
+            default(**checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"]})
         default(method="init", layers=len(model.config.resolve_path()))
     args.plain_layers = args.plain_layers or args.layers
     check(args, given, model, checkpoint)
@@ -411,9 +399,9 @@ def evaluation(model, heldout, tokenizer, args):
 class Run:
     """What a run prints, keeps and saves; on the first process only, where there are several."""
 
-    def __init__(self, args, config, start, log, tokenizer, heldout, kept):
+    def __init__(self, args, config, tokenizer, heldout, kept, start, flops, log):
         self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
-        self.since = start, time.perf_counter()         # of the last report
+        self.step, self.flops, self.time = start, flops, time.perf_counter()    # at the last report
         # training FLOPs of a plain model of full depth that takes all these steps: the log gives shares of it
         self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
         self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
@@ -421,26 +409,26 @@ class Run:
     def report(self, model, step, loss=None, path=None):
         """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
         just grown, before it is trained. Raises ValueError when training has gone wrong."""
-        args, depth, flops = self.args, len(model.config.resolve_path()), flops_until(self.args, model.config, step)
+        args, depth, n = self.args, len(model.config.resolve_path()), step - self.step
+        seconds, self.step = time.perf_counter() - self.time, step
+        self.flops += training_flops(model.config, n * args.batch, args.context, depth)
         row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
-               "lr": learning_rate(args, step), "flops": flops, "flops_share": flops / self.plain}
+               "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
-        # 1. the line
-        text = [f"grows along {' '.join(map(str, path))}"] if path else [f"loss {loss:.4f}"] if loss else []
-        text.append("held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout))
+        # as text
+        parts = [f"grows along {' '.join(map(str, path))}"] if path else [f"loss {loss:.4f}"] if loss else []
+        parts.append("held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout))
         hops = [f"{100 * row[task]:.0f}" for task in evaluate.HOPS if task in row]      # in percent
         if hops:
-            text.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
-        if step > self.since[0]:
-            seconds = time.perf_counter() - self.since[1]
-            row["tokens_per_second"] = (step - self.since[0]) * args.batch * args.context / seconds
-            text.append(f"{row['tokens_per_second'] / 1e3:.1f}k tok/s")
-        text += [f"depth {depth}", f"FLOPs {flops / self.plain:.0%}"]
-        tqdm.write("  ".join([f"step {step:>6}/{args.steps}", *text]))
-        # 2. the row
+            parts.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
+        if n:
+            row["tokens_per_second"] = n * args.batch * args.context / seconds
+            parts.append(f"{row['tokens_per_second'] / 1e3:.1f}k tok/s")
+        parts += [f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]
+        tqdm.write("  ".join([f"step {step:>6}/{args.steps}", *parts]))
         self.log.append({**row, "growth": path} if path else row)
-        self.since = step, time.perf_counter()
+        self.time = time.perf_counter()
 
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
@@ -494,12 +482,12 @@ def main():
     torch.manual_seed(args.seed)
     model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
     model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
-    optimizers, start, log = make_optimizers(model, args), args.start, []
+    optimizers, start, flops, log = make_optimizers(model, args), 0, 0, []
     if checkpoint and "optimizers" in checkpoint:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             # the moments are the run's, the settings those of this command
             optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-        start = checkpoint["step"]
+        start, flops = checkpoint["step"], checkpoint["log"][-1]["flops"]
         # the line of the step from which --init goes on comes anew
         log = [row for row in checkpoint["log"] if args.resume or row["step"] < start]
     # 2. the data: each process reads all of them
@@ -515,7 +503,7 @@ def main():
                    f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
         if checkpoint and "optimizers" not in checkpoint:
             tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-        run = Run(args, model.config, start, log, tokenizer, heldout, {"tokenizer": spec, "data": data})
+        run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, flops, log)
         if not args.resume:
             run.report(model, start)
         lock = own_folder(args.out, args.resume)

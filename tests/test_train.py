@@ -51,7 +51,7 @@ def fork(*command):
 
 def arguments(**changes):
     return Namespace(**{**dict(method="lidas", layers=8, block=2, alpha=1.0, steps=100, start=0, cooldown=0.2, lr=1.0,
-                               warmup=10, seed=0, start_flops=0, batch=8, context=4, math_share=0.5), **changes})
+                               warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
 
 
 def test_learning_rate_is_a_trapezoid():
@@ -60,16 +60,6 @@ def test_learning_rate_is_a_trapezoid():
     assert rates[90] == 0.5 and rates[99] == pytest.approx(0.05) and rates[100] == 0
     assert train.learning_rate(arguments(start=40), 40) == 0.1          # a fresh optimizer warms up
     assert train.learning_rate(arguments(start=40, warmup=0), 40) == 1
-
-
-def test_flops_add_up_stage_by_stage():
-    config, args = tiny_model().config, arguments(start_flops=7)
-    flops = [train.flops_until(args, config, step) for step in range(101)]
-    per_step = np.diff(flops)
-    assert flops[0] == 7 and [len(set(per_step[a:b])) for a, b in ((0, 8), (8, 24), (24, 48), (48, 100))] == [1] * 4
-    assert per_step[0] < per_step[8] < per_step[24] < per_step[48] == train.training_flops(config, 8, 4, 8)
-    plain = arguments(method="baseline")
-    assert train.flops_until(plain, config, 100) == 100 * per_step[-1]
 
 
 def rows_of(stream):
@@ -109,8 +99,9 @@ def test_a_run_grows_and_says_what_it_did(trained):
     assert all(np.isfinite(r["loss math"]) for r in growths) and [r["depth"] for r in growths] == [4, 6]
     assert [(r["step"], r["depth"]) for r in lines] == [(0, 2), (8, 2), (10, 4), (16, 4), (20, 6), (24, 6), (30, 6)]
     assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
-    assert 0.7 < lines[-1]["flops_share"] < 0.95 and lines[-1]["flops"] > lines[-2]["flops"]
-    checkpoint = load_checkpoint(str(trained / "ckpt.pt"))[1]
+    model, checkpoint = load_checkpoint(str(trained / "ckpt.pt"))
+    spent = [train.training_flops(model.config, (b["step"] - a["step"]) * 2, 128, b["depth"]) for a, b in zip(lines, lines[1:])]
+    assert np.diff([r["flops"] for r in lines]).tolist() == spent and 0.7 < lines[-1]["flops_share"] < 0.95
     assert checkpoint["step"] == 30 and run_of(trained, "stable.pt")["step"] == 24
     assert not any(name.startswith("module.") or "_orig_mod" in name for name in checkpoint["model"])
 
