@@ -16,6 +16,7 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
      warm-up     constant           cooldown, linear to zero, with math
 """
 import argparse
+import contextlib
 import functools
 import gc
 import glob
@@ -365,7 +366,6 @@ def load_run(folder):
 
 def check(args, given, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
-    check_free(args.out)
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     growth_plan(args)                               # whole blocks, and steps for each stage
@@ -438,23 +438,24 @@ class Run:
                         lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
 
 
-def check_free(folder):
-    """Raises ValueError for a folder that holds a run."""
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-
-
+@contextlib.contextmanager
 def own_folder(folder, resume):
-    """One run owns its folder -> a lock of the system, which ends with the process, also when that is killed."""
+    """One run owns its folder: a lock of the system, which ends with the process, also when that is killed. A folder
+    that is new goes again if the run is refused before its first checkpoint."""
+    new = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
-    lock = FileLock(os.path.join(folder, "lock"), timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(os.path.join(folder, "lock")).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process trains in {folder} right now")
-    if not resume:
-        check_free(folder)      # once more: another run may have come and gone while this one read its data
-    return lock
+    with lock:
+        if not resume and any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
+            raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+        try:
+            yield
+        finally:
+            if new and not os.path.exists(os.path.join(folder, "ckpt.pt")):
+                shutil.rmtree(folder)
 
 
 def set_up_processes(args):
@@ -474,56 +475,54 @@ def main():
     args, model, checkpoint = read_args()
     rank, world_size = set_up_processes(args)
     torch.set_float32_matmul_precision("high")
-    # 1. the model, and its optimizers
-    spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
-    if checkpoint:
-        spec = checkpoint["tokenizer"] or args.encoding
-    tokenizer = get_tokenizer(spec)
-    torch.manual_seed(args.seed)
-    model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
-    model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
-    optimizers, start, flops, log = make_optimizers(model, args), 0, 0, []
-    if checkpoint and "optimizers" in checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            # the moments are the run's, the settings those of this command
-            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-        start, flops = checkpoint["step"], checkpoint["log"][-1]["flops"]
-        # the line of the step from which --init goes on comes anew
-        log = [row for row in checkpoint["log"] if args.resume or row["step"] < start]
-    # 2. the data: each process reads all of them
-    tokens = read_tokens(args, tokenizer)
-    streams, heldout, data = open_streams(args, tokenizer, tokens)
-    if args.resume and data != checkpoint["data"]:
-        raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
-    # 3. the run's folder. What can be refused has been refused by then, so that nothing is left of it
-    run = None
-    if rank == 0:
-        depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
-        tqdm.write(f"{args.method}: depth {depths}, {args.steps} steps of {args.batch} x {args.context} tokens on "
-                   f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
-        if checkpoint and "optimizers" not in checkpoint:
-            tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-        run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, flops, log)
-        if not args.resume:
-            run.report(model, start)
-        lock = own_folder(args.out, args.resume)
-        if not args.resume:
-            for name in tokens:
-                tokens[name].tofile(os.path.join(args.out, f"{name}.tokens"))
-            run.save("ckpt.pt", model, optimizers, start)
-    # 4. training
-    model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
-    if world_size > 1:
-        dist.destroy_process_group()
-    # 5. a sample, and what to run next
-    if run:
-        file = os.path.join(args.out, "ckpt.pt")
+    with own_folder(args.out, args.resume) if rank == 0 else contextlib.nullcontext():
+        # 1. the model, and its optimizers
+        spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+        if checkpoint:
+            spec = checkpoint["tokenizer"] or args.encoding
+        tokenizer = get_tokenizer(spec)
         torch.manual_seed(args.seed)
-        with torch.compiler.set_stance("force_eager"):
-            text = complete(model, tokenizer, "", 80, temperature=0.8)
-        print(f"\na sample:\n{text}\n\nsaved {file}. Next:\n"
-              f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
-        lock.release()
+        model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
+        model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
+        optimizers, start, flops, log = make_optimizers(model, args), 0, 0, []
+        if checkpoint and "optimizers" in checkpoint:
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+                # the moments are the run's, the settings those of this command
+                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+            start, flops = checkpoint["step"], checkpoint["log"][-1]["flops"]
+            # the line of the step from which --init goes on comes anew
+            log = [row for row in checkpoint["log"] if args.resume or row["step"] < start]
+        # 2. the data: each process reads all of them
+        tokens = read_tokens(args, tokenizer)
+        streams, heldout, data = open_streams(args, tokenizer, tokens)
+        if args.resume and data != checkpoint["data"]:
+            raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
+        # 3. what the first process prints and keeps
+        run = None
+        if rank == 0:
+            depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
+            tqdm.write(f"{args.method}: depth {depths}, {args.steps} steps of {args.batch} x {args.context} tokens on "
+                       f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
+            if checkpoint and "optimizers" not in checkpoint:
+                tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
+            run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, flops, log)
+            if not args.resume:
+                run.report(model, start)
+                for name in tokens:
+                    tokens[name].tofile(os.path.join(args.out, f"{name}.tokens"))
+                run.save("ckpt.pt", model, optimizers, start)
+        # 4. training
+        model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
+        if world_size > 1:
+            dist.destroy_process_group()
+        # 5. a sample, and what to run next
+        if run:
+            file = os.path.join(args.out, "ckpt.pt")
+            torch.manual_seed(args.seed)
+            with torch.compiler.set_stance("force_eager"):
+                text = complete(model, tokenizer, "", 80, temperature=0.8)
+            print(f"\na sample:\n{text}\n\nsaved {file}. Next:\n"
+                  f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
 
 
 def train(args, model, optimizers, batches, start, run):

@@ -165,8 +165,8 @@ def test_two_writers(trained, tmp_path, monkeypatch):
     try:
         os.read(read, 1)
         before = (tmp_path / "ckpt.pt").read_bytes()
-        refused("another process", "train.py", "--out", tmp_path, "--resume")
-        refused("holds a run", "train.py", "--out", tmp_path, *TINY_RUN)
+        for options in (["--resume"], TINY_RUN):
+            refused("another process", "train.py", "--out", tmp_path, *options)
         assert (tmp_path / "ckpt.pt").read_bytes() == before
     finally:
         os.kill(child, signal.SIGKILL)
