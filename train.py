@@ -19,10 +19,10 @@ import argparse
 import contextlib
 import functools
 import gc
-import glob
 import json
 import math
 import os
+import pathlib
 import shutil
 import time
 import zlib
@@ -93,7 +93,7 @@ def open_streams(args, tokenizer, tokens):
         if tokens:
             rows, held = split_rows(tokens[name], tokenizer.eot, args.context + 1)
             streams[name] = functools.partial(file_row, rows, args.seed)
-            data[name] = zlib.crc32(tokens[name])
+            data[name] = zlib.crc32(tokens[name])       # --resume compares it: the data must not have changed
         else:                           # the built-in world is made as it is read
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
             streams[name] = functools.partial(row, heldout=False, seed=args.seed)
@@ -110,7 +110,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, streams, args, rank=0, world_size=1):
         self.streams, self.args = streams, args
-        self.my_rows = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)
+        self.my_rows = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)    # of each batch
 
     def __getitem__(self, step):
         """-> (batch / world_size, context + 1) int64"""
@@ -137,7 +137,7 @@ def learning_rate(args, step):
     """Warm-up over args.warmup steps from args.start on, constant args.lr, then linearly to zero over the share
     args.cooldown of args.steps (SmolLM's trapezoid)."""
     up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
-    down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))
+    down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))    # 1 until the cooldown
     return args.lr * min(up, down)
 
 
@@ -150,7 +150,7 @@ def training_flops(config, rows, context, depth):
     """
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
     layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff      # weights: q, k, v; proj; gate, up, down
-    attention = 4 * config.n_embd * context // 2
+    attention = 4 * config.n_embd * context // 2        # a token sees half of the row on average
     return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
 
@@ -356,8 +356,8 @@ def load_run(folder):
     """-> the model and the checkpoint of a run that is to go on"""
     latest = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(latest):
-        runs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "ckpt.pt")))
-        raise ValueError(f"there is no run in {folder}; runs: {', '.join(map(os.path.dirname, runs)) or 'none'}")
+        runs = sorted(str(file.parent) for file in pathlib.Path(folder).parent.glob("*/ckpt.pt"))
+        raise ValueError(f"there is no run in {folder}; runs: {', '.join(runs) or 'none'}")
     model, checkpoint = load_checkpoint(latest)
     if "optimizers" not in checkpoint:
         raise ValueError(f"{latest} is a model, not a run: train it on with --init")
@@ -399,18 +399,20 @@ def evaluation(model, heldout, tokenizer, args):
 class Run:
     """What a run prints, keeps and saves; on the first process only, where there are several."""
 
-    def __init__(self, args, config, tokenizer, heldout, kept, start, flops, log):
+    def __init__(self, args, config, tokenizer, heldout, kept, start, log):
         self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
-        self.step, self.flops, self.time = start, flops, time.perf_counter()    # at the last report
+        # at the last report
+        self.step, self.flops, self.time = start, log[-1]["flops"] if log else 0, time.perf_counter()
         # training FLOPs of a plain model of full depth that takes all these steps: the log gives shares of it
         self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
+        log = [row for row in log if args.resume or row["step"] < start]    # of --init, the line of `start` comes anew
         self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
 
     def report(self, model, step, loss=None, path=None):
         """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
         just grown, before it is trained. Raises ValueError when training has gone wrong."""
         args, depth, n = self.args, len(model.config.resolve_path()), step - self.step
-        seconds, self.step = time.perf_counter() - self.time, step
+        seconds, self.step = time.perf_counter() - self.time, step      # of n steps at this depth
         self.flops += training_flops(model.config, n * args.batch, args.context, depth)
         row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
                "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain}
@@ -428,7 +430,7 @@ class Run:
         parts += [f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]
         tqdm.write("  ".join([f"step {step:>6}/{args.steps}", *parts]))
         self.log.append({**row, "growth": path} if path else row)
-        self.time = time.perf_counter()
+        self.time = time.perf_counter()         # evaluation is not training
 
     def save(self, name, model, optimizers, step):
         out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
@@ -459,7 +461,7 @@ def own_folder(folder, resume):
 
 
 def set_up_processes(args):
-    """torchrun's variables -> rank, world_size"""
+    """-> rank, world_size: 0, 1 without torchrun"""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
@@ -484,14 +486,12 @@ def main():
         torch.manual_seed(args.seed)
         model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
         model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
-        optimizers, start, flops, log = make_optimizers(model, args), 0, 0, []
+        optimizers, start, log = make_optimizers(model, args), 0, []
         if checkpoint and "optimizers" in checkpoint:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 # the moments are the run's, the settings those of this command
                 optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-            start, flops = checkpoint["step"], checkpoint["log"][-1]["flops"]
-            # the line of the step from which --init goes on comes anew
-            log = [row for row in checkpoint["log"] if args.resume or row["step"] < start]
+            start, log = checkpoint["step"], checkpoint["log"]
         # 2. the data: each process reads all of them
         tokens = read_tokens(args, tokenizer)
         streams, heldout, data = open_streams(args, tokenizer, tokens)
@@ -503,9 +503,9 @@ def main():
             depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
             tqdm.write(f"{args.method}: depth {depths}, {args.steps} steps of {args.batch} x {args.context} tokens on "
                        f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
-            if checkpoint and "optimizers" not in checkpoint:
+            if checkpoint and "optimizers" not in checkpoint:       # --init of a model that is no run
                 tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-            run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, flops, log)
+            run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, log)
             if not args.resume:
                 run.report(model, start)
                 for name in tokens:
@@ -529,13 +529,13 @@ def train(args, model, optimizers, batches, start, run):
     """The loop, from step `start` on. run: of the first process, else None. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
     growth_steps, constant = dict(growth_plan(args)[1:]), constant_steps(args)
-    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}     # and growth
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
-    wrapped, losses = prepare(model, args), []
+    wrapped, losses = prepare(model, args), []          # losses since the last report
     for step, rows in zip(tqdm(steps, unit="step", disable=None if run else True), loader):
         # 1. the learning rate of this step
         rate = learning_rate(args, step)
@@ -548,7 +548,7 @@ def train(args, model, optimizers, batches, start, run):
             loss = wrapped(rows[:, :-1], rows[:, 1:])[1]
         loss.backward()
         # 3. the update
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)         # of all gradients together
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -564,7 +564,7 @@ def train(args, model, optimizers, batches, start, run):
                 run.report(model, done, mean_loss)
         # 5. grow: duplicate a block, and the optimizer's moments with it
         if done in growth_steps:
-            path = METHODS[args.method](model.config.n_layer, args.block)
+            path = METHODS[args.method](model.config.n_layer, args.block)       # visits one block twice
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's

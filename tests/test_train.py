@@ -265,14 +265,12 @@ def test_a_branch_without_changes_is_the_runs_own_end(trained, on_text, tmp_path
             assert same(run_of(f"branch-{i}")[key], run_of(run)[key]), (run, key)
 
 
-def test_a_growth_step_leaves_a_checkpoint_that_is_whole(tmp_path):
+def test_a_growth_step_leaves_a_checkpoint_that_is_whole(trained, tmp_path):
     """Its last line of the log had no FLOPs, so that evaluate.py and --init failed until the next one."""
-    grown = tmp_path / "run"
-    works("train.py", *TINY_RUN, "--out", grown)
-    checkpoint = torch.load(grown / "ckpt.pt", weights_only=True)
-    log = checkpoint["log"]
-    torch.save({**checkpoint, "log": log[:[i for i, row in enumerate(log) if "growth" in row][0] + 1], "step": 8},
-               tmp_path / "at_growth.pt")
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    log = checkpoint["log"][:3]                 # at steps 0 and 8, and the growth at step 8
+    assert "growth" in log[-1]
+    torch.save({**checkpoint, "log": log, "step": 8}, tmp_path / "at_growth.pt")
     works("train.py", "--init", tmp_path / "at_growth.pt", "--device", "cpu", "--out", tmp_path / "on")
     assert "flops" in works("evaluate.py", tmp_path / "at_growth.pt", "--tasks").stdout
 
@@ -284,7 +282,7 @@ def test_the_share_of_flops_goes_on_along_a_branch(trained, tmp_path):
         works("train.py", *options, "--device", "cpu", "--out", tmp_path / name)
         rows = [row for row in run_of(tmp_path / name)["log"] if "growth" not in row]
         shares, steps = [row["flops_share"] for row in rows], [row["step"] for row in rows]
-        assert shares == sorted(shares) and len(set(steps)) == len(steps)
+        assert shares == sorted(shares) and len(set(steps)) == len(steps) and steps[-1] == (40 if name == "longer" else 30)
     assert shares[-1] > run_of(trained)["log"][-1]["flops_share"]       # the loop costs more than the run itself
 
 
@@ -344,17 +342,13 @@ def test_a_loop_in_the_cooldown_is_resumed_to_the_bit(trained, tmp_path, monkeyp
 
 
 def test_what_the_next_start_trains_from(trained, tmp_path):
-    """A grown model without an optimizer starts a fresh one and says so; a finished run can be extended."""
+    """A grown model without an optimizer starts a fresh one and says so; a finished run needs more steps."""
     works("grow.py", trained / "ckpt.pt", "--out", tmp_path / "deeper.pt")
     command = ["--steps", 4, "--batch", 2, "--device", "cpu", "--evals", 1]
     printed = works("train.py", "--init", tmp_path / "deeper.pt", *command, "--out", tmp_path / "on").stdout
     assert "fresh" in printed and run_of(tmp_path / "on")["config"]["n_layer"] == 8
     assert run_of(tmp_path / "on")["log"][0]["loss general"] != run_of(tmp_path / "on")["log"][-1]["loss general"]
     refused("--steps", "train.py", "--init", trained / "ckpt.pt", "--device", "cpu", "--out", tmp_path / "x")
-    works("train.py", "--init", trained / "ckpt.pt", "--steps", 40, "--device", "cpu", "--out", tmp_path / "longer")
-    longer = run_of(tmp_path / "longer")
-    assert longer["step"] == 40 and longer["log"][-1]["flops"] > run_of(trained)["log"][-1]["flops"]
-    assert [row["step"] for row in longer["log"] if row["step"] > 30][-1] == 40
     # settings of this command count, also those that the optimizer has stored
     works("train.py", "--init", trained / "stable.pt", "--weight-decay", 0.5, "--device", "cpu", "--out", tmp_path / "wd")
     assert not same(run_of(tmp_path / "wd")["model"], run_of(trained)["model"])
@@ -362,13 +356,9 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
     for option in (["--method", "lidas"], ["--layers", 8], ["--width", 64], ["--encoding", "gpt2"], ["--alpha", 1],
                    ["--kv-heads", 1]):
         refused(option[0], "train.py", "--init", trained / "stable.pt", *option, "--out", tmp_path / "x")
-    cut = written(tmp_path / "cut.pt", (trained / "ckpt.pt").read_bytes()[:5000])
     for options, message in (
-            (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"), (["--loop", "2x"], "e-LxK-d"),
-            (["--path", "0-3,5"], "every layer"),
-            (["--path", "3-1"], "a path is"), (["--loop", "2x2", "--path", "0-3"], "--path"),
-            (["--init", tmp_path / "none.pt"], "none.pt"), (["--init", cut], "not a whole checkpoint"),
-            (["--init", trained / "log.jsonl"], "not a model")):
+            (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"), (["--path", "0-3,5"], "every layer"),
+            (["--loop", "2x2", "--path", "0-3"], "--path"), (["--init", trained / "log.jsonl"], "not a model")):
         refused(message, "train.py", "--init", trained / "stable.pt", *options, "--device", "cpu", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
