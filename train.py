@@ -509,7 +509,7 @@ def main():
             if not args.resume:
                 run.report(model, start)
                 for name in tokens:
-                    tokens[name].tofile(os.path.join(args.out, f"{name}.tokens"))
+                    save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
                 run.save("ckpt.pt", model, optimizers, start)
         # 4. training
         model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
