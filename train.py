@@ -228,7 +228,8 @@ def compiles(args):
     """Whether the layers are compiled: where there is a compiler, and the run is long enough to win the time back."""
     if args.compile != "auto":
         return args.compile == "on"
-    return args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
+    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cl")    # of C++, of C
+    return args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
 
 
 def prepare(model, args):
@@ -322,7 +323,7 @@ def read_args():
     if args.resume:
         model, checkpoint = load_run(args.out)
         saved = checkpoint["args"]
-        for name in given - OF_THIS_START:
+        for name in given - OF_THIS_START - {"compile"}:
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
         default(**saved)
