@@ -118,25 +118,23 @@ def test_an_optimizer_that_does_not_hold_exactly_the_model_is_refused():
 
 def test_muon_is_torchs_in_float32():
     """Written again only because torch's runs in bfloat16, and matrix by matrix."""
-    model, reference = tiny_model(), tiny_model()
-    mine, = [part for part in ours(model) if type(part).__name__ == "Muon"]
-    names = {p: name for name, p in model.named_parameters()}
-    held = [names[p] for p in mine.param_groups[0]["params"]]
-    assert held == [name for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
-    theirs = torch.optim.Muon([reference.get_parameter(name) for name in held], lr=1e-2, weight_decay=0.1, eps=1e-7,
-                              adjust_lr_fn="match_rms_adamw")
-    before = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    for seed in range(3):
-        train(model, [mine], seed)
-        for name, p in model.named_parameters():        # the same gradients, whatever rounding has done
-            reference.get_parameter(name).grad = None
-        tokens = some_tokens(seed=seed)
-        reference(tokens[:, :-1], tokens[:, 1:].contiguous())[1].backward()
+    model = tiny_model()
+    mine = ours(model)[0]
+    held = mine.param_groups[0]["params"]
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    assert len(held) == len(matrices) and all(p is matrix for p, matrix in zip(held, matrices))
+    before, copies = ([p.detach().clone() for p in held] for _ in range(2))
+    theirs = torch.optim.Muon(copies, lr=1e-2, weight_decay=0.1, eps=1e-7, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, copied in zip(held, copies):
+            p.grad = torch.randn_like(p)
+            copied.grad = p.grad.clone()
+        mine.step()
         theirs.step()
-    for name in held:
-        one, two = (m.get_parameter(name).detach() - before[name] for m in (model, reference))
-        assert torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0) > 0.99, name
-        assert abs(one.norm() / two.norm() - 1) < 0.05, name
+    for p, copied, first in zip(held, copies, before):
+        one, two = p.detach() - first, copied - first
+        assert torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0) > 0.99
+        assert abs(one.norm() / two.norm() - 1) < 0.05
 
 
 # which layers (counted from 0) are copied after themselves, worked by hand for n = 1 ... 6 blocks of 4
@@ -196,10 +194,6 @@ def test_growing_keeps_what_is_not_a_weight():
     model.embed.weight.requires_grad_(False)
     grown = grow(model, [0, 1, 1])
     assert not grown.training and not grown.embed.weight.requires_grad and grown.head.weight is grown.embed.weight
-    with pytest.raises(ValueError, match="layers.0.norm1.weight is missing"):
-        held = [p for name, p in grown.named_parameters() if name != "layers.0.norm1.weight"]
-        optimizer = torch.optim.AdamW(model.parameters())
-        grow_optimizer(optimizer, torch.optim.AdamW(held), model, grown, [0, 1, 1])
 
 
 def test_growing_a_checkpoint_by_command(trained, tmp_path):
