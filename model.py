@@ -454,7 +454,7 @@ def hf_files(name_or_dir):
             try:
                 kind.from_pretrained(name_or_dir).save_pretrained(folder)
             except (OSError, ValueError) as error:      # losses can be measured without, text needs a tokenizer
-                print(f"{name_or_dir}: no {kind.__name__} ({error})", file=sys.stderr)
+                print(f"{name_or_dir}: no {kind.__name__} ({' '.join(str(error).split())})", file=sys.stderr)
         return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
@@ -508,8 +508,8 @@ def load_checkpoint(name, device="cpu"):
             if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
                 raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
     except Exception as error:      # pickle, safetensors and the hub raise errors of every kind
-        raise ValueError(f"{name} is not a model that this code runs: not a whole checkpoint (.pt), nor a Llama of "
-                         f"Hugging Face, by name or directory ({type(error).__name__}: {error})")
+        raise ValueError(f"{name} cannot be opened as a checkpoint (.pt), or as a Llama of Hugging Face "
+                         f"({type(error).__name__}: {error})")
     return model.to(device), checkpoint
 
 

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout        # which torch needs as well
 from tqdm import tqdm
 
 import evaluate
@@ -228,8 +228,11 @@ def compiles(args):
     """Whether the layers are compiled: where there is a compiler, and the run is long enough to win the time back."""
     if args.compile != "auto":
         return args.compile == "on"
-    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cl")    # of C++, of C
-    return args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
+    if args.device == "mps" or args.steps - args.start < 500:
+        return False
+    if args.device == "cpu":
+        return any(map(shutil.which, ("g++", "clang++", "cl")))     # of C++
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cl")))
 
 
 def prepare(model, args):
@@ -447,18 +450,28 @@ def own_folder(folder, resume):
     that is new goes again if the run is refused before its first checkpoint."""
     new = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
-    try:
-        lock = FileLock(os.path.join(folder, "lock")).acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process trains in {folder} right now")
-    with lock:
+    with open(os.path.join(folder, "lock"), "w") as file:
+        try:
+            lock(file)
+        except OSError:
+            raise ValueError(f"another process trains in {folder} right now")
         if not resume and any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
             raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
         try:
             yield
         finally:
             if new and not os.path.exists(os.path.join(folder, "ckpt.pt")):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)       # Windows keeps the open lock
+
+
+def lock(file):
+    """Raises OSError where another process has locked the file."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def set_up_processes(args):
@@ -486,6 +499,8 @@ def main():
         tokenizer = get_tokenizer(spec)
         torch.manual_seed(args.seed)
         model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
+        if tokenizer.n_vocab > model.config.vocab_size:
+            raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
         model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
         optimizers, start, log = make_optimizers(model, args), 0, []
         if checkpoint and "optimizers" in checkpoint:
@@ -514,16 +529,19 @@ def main():
                 run.save("ckpt.pt", model, optimizers, start)
         # 4. training
         model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
-        if world_size > 1:
-            dist.destroy_process_group()
-        # 5. a sample, and what to run next
-        if run:
-            file = os.path.join(args.out, "ckpt.pt")
-            torch.manual_seed(args.seed)
-            with torch.compiler.set_stance("force_eager"):
-                text = complete(model, tokenizer, "", 80, temperature=0.8)
-            print(f"\na sample:\n{text}\n\nsaved {file}. Next:\n"
-                  f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
+    if world_size > 1:
+        dist.destroy_process_group()
+    if run:
+        finish(args, model, tokenizer)
+
+
+@torch.compiler.set_stance("force_eager")
+def finish(args, model, tokenizer):
+    """A sample, and what to run next."""
+    torch.manual_seed(args.seed)
+    file = os.path.join(args.out, "ckpt.pt")
+    print(f"\na sample:\n{complete(model, tokenizer, '', 80, temperature=0.8)}\n\nsaved {file}. Next:\n"
+          f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
 
 
 def train(args, model, optimizers, batches, start, run):

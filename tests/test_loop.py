@@ -104,10 +104,10 @@ def test_the_scan_by_command(trained, tmp_path):
 
 
 def test_what_is_no_model(trained, tmp_path):
-    """A run's folder was read as Hugging Face's, so that the message was about a config.json."""
+    """The message says what is expected, not only that a config.json is missing."""
     written(tmp_path / "notes.txt", "hello")
-    for name, message in ((trained, "not a model"), (tmp_path / "notes.txt", "not a model"),
-                          (tmp_path / "none.pt", "none.pt"), (trained / "log.jsonl", "not a model")):
+    for name, message in ((trained, "as a checkpoint (.pt)"), (tmp_path / "notes.txt", "as a checkpoint (.pt)"),
+                          (tmp_path / "none.pt", "none.pt"), (trained / "log.jsonl", "as a checkpoint (.pt)")):
         refused(message, "loop.py", name)
     folder = tmp_path / "run[1]"                # was taken for a pattern, which run1 fits
     folder.mkdir()

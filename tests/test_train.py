@@ -358,7 +358,7 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
         refused(option[0], "train.py", "--init", trained / "stable.pt", *option, "--out", tmp_path / "x")
     for options, message in (
             (["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"), (["--path", "0-3,5"], "every layer"),
-            (["--loop", "2x2", "--path", "0-3"], "--path"), (["--init", trained / "log.jsonl"], "not a model")):
+            (["--loop", "2x2", "--path", "0-3"], "--path"), (["--init", trained / "log.jsonl"], "as a checkpoint")):
         refused(message, "train.py", "--init", trained / "stable.pt", *options, "--device", "cpu", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
