@@ -28,6 +28,7 @@ import statistics
 import string
 import zlib
 from fractions import Fraction
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ REAL = [word for words in CLASSES.values() for word in words]    # real words, f
 # the words of the published formats: training text has them in random order only
 FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
 value Answer very short Python program Use the to resolve variable question Program Question""".split()
-# of the families below
+# every other word of the families' sentences: a word that is not listed cannot be encoded
 OTHERS = """+ - = ? How Where Which always animal as carried do does eat finds has have home keep keeps like likes live
 lives loses many more orders pet they together took work works""".split()
 # a word is one token, whatever stands around it; a name that is assigned is another token than its value
@@ -212,17 +213,25 @@ def preschool(rng, calculation=True):
 STREAMS = {     # weights of the documents
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
     "math": {functools.partial(lookups, hops=3): 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
-# chance: of a guess among the possible answers (of preschool, 17 for each pair of signs), or, of word problems, of the
-# most frequent answer. shots: worked examples before a question, five in the published formats, as published
-TASKS = {   # name: family, options, chance, shots
-    **{f"hops-{hops}": (chains, {"hops": hops}, 1 / 5, 0) for hops in range(7)},
-    "copy-random": (copying, {"words": LABELS}, 1 / 5, 5), "copy-real": (copying, {"words": REAL}, 1 / 5, 5),
+
+
+class Task(NamedTuple):
+    family: Callable
+    options: dict       # of the family
+    chance: float       # of a guess among the possible answers; of word problems, of the most frequent answer
+    shots: int = 0      # worked examples before a question: five in the published formats, as published
+
+
+TASKS = {
+    **{f"hops-{hops}": Task(chains, {"hops": hops}, 1 / 5) for hops in range(7)},
+    "copy-random": Task(copying, {"words": LABELS}, 1 / 5, 5), "copy-real": Task(copying, {"words": REAL}, 1 / 5, 5),
     **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       (chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5, 5)
+       Task(chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5, 5)
        for depth in (0, 1, 2) for wording in ("basic", "math", "code")},
-    "preschool": (preschool, {"calculation": False}, 1 / 17, 5), "preschool-calc": (preschool, {}, 1 / 17, 5),
-    "rule": (rule, {}, 1 / 4, 12), "closed-book": (closed_book, {}, 1 / 12, 0), "open-book": (open_book, {}, 1 / 4, 0),
-    "word-problem": (word_problem, {}, 1 / 10, 0)}
+    # a pair of signs has 17 possible answers
+    "preschool": Task(preschool, {"calculation": False}, 1 / 17, 5), "preschool-calc": Task(preschool, {}, 1 / 17, 5),
+    "rule": Task(rule, {}, 1 / 4, 12), "closed-book": Task(closed_book, {}, 1 / 12),
+    "open-book": Task(open_book, {}, 1 / 4), "word-problem": Task(word_problem, {}, 1 / 10)}
 HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
 
 
@@ -232,7 +241,7 @@ def puzzle(family, rng, heldout, **options):
     while True:
         body, questions = family(rng, **options)
         questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
-        if questions:    # else another puzzle
+        if questions:
             return body, questions
 
 
@@ -256,7 +265,7 @@ def document(rng, stream, heldout=False):
 def example(task, rng, shots=0, heldout=True):
     """-> prompt, answer. Before the question stand `shots` worked examples that are not held out, an empty line after
     each. Of a rule they are earlier lines of the same puzzle."""
-    family, options, *_ = TASKS[task]
+    family, options = TASKS[task].family, TASKS[task].options
     if family is rule:
         body, [*before, (question, answer)] = puzzle(rule, rng, heldout, lines=shots + 1)
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
@@ -348,7 +357,7 @@ def bin_tokens(file, tokenizer):
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
         if len(tokens) > 8 and not tokens[1::2][:1000].any():
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
-    for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a shard may not fit the memory
+    for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a held-out loss needs the first part only
         if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
             raise ValueError(f"{file} holds token {part.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
         yield part
@@ -367,8 +376,9 @@ def encode_files(files, tokenizer, field=None):
 
 def rows_of(file, checkpoint, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
-    tokens, width = encode_files([file], get_tokenizer(checkpoint["tokenizer"])), min(context, 256) + 1
-    tokens = [int(token) for token in itertools.islice(itertools.chain.from_iterable(tokens), n * width)]
+    width = min(context, 256) + 1
+    parts = encode_files([file], get_tokenizer(checkpoint["tokenizer"]))
+    tokens = [int(token) for token in itertools.islice(itertools.chain.from_iterable(parts), n * width)]
     if len(tokens) < width:
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
     return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
@@ -380,8 +390,12 @@ def encode_example(tokenizer, prompt, answer):
     """-> tokens of the prompt, which begins a document, and of the answer. Encoded together, as in running text,
     and split where the prompt alone would be encoded otherwise."""
     alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-    same = len(os.path.commonprefix([alone, both]))     # of lists as well as of paths
+    same = len(os.path.commonprefix([alone, both]))     # it takes lists as well
     return [tokenizer.eot] + both[:same], both[same:]
+
+
+class TooLong(ValueError):
+    """A task's questions do not fit the context."""
 
 
 @functools.lru_cache        # a log line or another path asks the same questions again
@@ -399,7 +413,7 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
                 break
         if max(len(prompt) + len(answer) for prompt, answer in examples.values()) <= context:
             return list(examples.values()), fitting
-    raise ValueError(f"a question of {task} is longer than the context of {context}")
+    raise TooLong(f"a question of {task} is longer than the context of {context}")
 
 
 def padded(examples):
@@ -414,9 +428,10 @@ def padded(examples):
 def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
     """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
     (standard error), n, chance, shots that fit."""
-    *_, chance, own = TASKS[task]
-    examples, shots = encode_examples(task, tokenizer, model.config.context, n, own if shots is None else shots, seed)
-    return {**proportion(score_rows(model, *padded(examples), path)[1]), "chance": chance, "shots": shots}
+    shots = TASKS[task].shots if shots is None else shots
+    examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
+    _, right = score_rows(model, *padded(examples), path)
+    return {**proportion(right), "chance": TASKS[task].chance, "shots": shots}
 
 
 def proportion(right):
@@ -428,7 +443,7 @@ def proportion(right):
 def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
     """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
     the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")    # the model itself stays
+    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
     pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
     # fine-tuning examples are not held out, tests are
     tests = padded(encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)[0])
@@ -463,12 +478,13 @@ def is_same(prediction, reference):
 def read_questions(file, n=None, shots=0, skip=0):
     """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first `shots` lines are worked examples of
     all others; the first `skip` lines are not asked, so that the questions are the same at every number of shots."""
-    pairs, skip = [pair_of(item) for item in read_jsonl(file)], max(skip, shots)
+    pairs = [pair_of(item) for item in read_jsonl(file)]
+    skip = max(skip, shots)
     if () in pairs:
         raise ValueError(f"{file}: question {pairs.index(()) + 1} has no question or no answer")
     if len(pairs) <= skip:
         raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
-    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])    # the worked examples
+    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
     return [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
 
 
@@ -501,8 +517,7 @@ def examples_of(args, checkpoint, context):
         return padded(fitting)
     if args.task not in TASKS:
         raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
-    *_, shots = TASKS[args.task]
-    return padded(encode_examples(args.task, tokenizer, context, args.n, shots, args.seed)[0])
+    return padded(encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[0])
 
 # -----------------------------------------------------------------------------
 # what is measured of a model: table, what its line says after the model's name, column, score, such as
@@ -510,8 +525,13 @@ def examples_of(args, checkpoint, context):
 
 def measure(args, model, checkpoint):
     """All that was asked for, of one model."""
-    asked = fine_tuning_curve if args.finetune else question_scores if args.questions else scores
-    return (curves if args.curves else asked)(args, model, checkpoint)
+    if args.curves:
+        return curves(checkpoint)
+    if args.finetune:
+        return fine_tuning_curve(args, model, checkpoint)
+    if args.questions:
+        return question_scores(args, model, checkpoint)
+    return scores(args, model, checkpoint)
 
 
 def scores(args, model, checkpoint):
@@ -527,7 +547,7 @@ def scores(args, model, checkpoint):
     for task, shots, (where, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
         try:
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-        except ValueError as error:     # too long for the context
+        except TooLong as error:
             tqdm.write(f"{error}: left out")
             continue
         if shots is None:
@@ -538,8 +558,9 @@ def scores(args, model, checkpoint):
 
 def question_scores(args, model, checkpoint):
     """Right answers to a file of questions, by the number of shots and along each path."""
-    tokenizer, paths = get_tokenizer(checkpoint["tokenizer"]), {"": None} | paths_of(args, model.config)
-    table, all_shots = f"{os.path.basename(args.questions)}: right answers by shots", args.shots or [0]
+    tokenizer, all_shots = get_tokenizer(checkpoint["tokenizer"]), args.shots or [0]
+    paths = {"": None} | paths_of(args, model.config)       # the first path is the model's own
+    table = f"{os.path.basename(args.questions)}: right answers by shots"
     for shots, (where, path) in itertools.product(all_shots, paths.items()):
         questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
         right = answer_questions(model, tokenizer, questions, args.length, path)
@@ -554,10 +575,10 @@ def fine_tuning_curve(args, model, checkpoint, draws=3):
         tuned = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + draw) for draw in range(draws)]
         yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), {
             "value": statistics.mean(tuned), "se": statistics.stdev(tuned) / draws ** 0.5, "n": args.n,
-            "chance": TASKS[task][2]}
+            "chance": TASKS[task].chance}
 
 
-def curves(args, model, checkpoint):
+def curves(checkpoint):
     """What the log of a run has at each step, but for the lines just after growth."""
     for row in checkpoint.get("log", []):
         kept = {name: row[name] for name in ("step", "depth", "flops_share")}
@@ -579,7 +600,6 @@ def read_table(file):
     kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
     if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
         raise ValueError(f"{file} has rows that --results did not write")
-    check_names(rows)
     return rows
 
 
@@ -613,10 +633,14 @@ def print_tables(rows):
             lines.append([name, str(seeds), *(cell(list(by_seed.values()), seeds) for by_seed in found)])
         # 2. what the scores of a column share, as 20 or as 2-5
         for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
-            found = [{round(scale * row[key]) for name in names for row in cells.get((name, column), {}).values()
-                      if key in row} for column in columns]
-            if any(found):
-                lines.append([key, "", *("-".join(map(str, sorted({min(x), max(x)}))) if x else "" for x in found)])
+            texts = []
+            for column in columns:
+                values = {round(scale * row[key]) for place in cells for row in cells[place].values()
+                          if place[1] == column and key in row}
+                ends = sorted({min(values), max(values)}) if values else []
+                texts.append("-".join(map(str, ends)))
+            if any(texts):
+                lines.append([key, "", *texts])
         # 3. the longer side goes down
         print_lines(table, [*zip(*lines)] if len(columns) > 8 else lines)
 
@@ -658,7 +682,7 @@ def print_differences(rows, names):
         lines = [["", "seeds", "difference", "95% interval"]]
         for column in columns:
             found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
-            seeds = set.intersection(*map(set, found))    # in pairs: of all lines
+            seeds = set.intersection(*map(set, found))      # paired: those that all lines have
             if len(seeds) < 2:
                 continue
             scale, digits = scale_of(next(iter(found[0].values())))
@@ -675,24 +699,26 @@ def print_differences(rows, names):
         raise ValueError(f"there is nothing to compare: {', '.join(names)} share no table with two seeds or more")
 
 
-def plot_lines(file, rows, x, labels):
+def plot_lines(file, rows, x, xlabel, ylabels):
     """A panel for each column: mean and range over the seeds of each model against x, "flops_share" or "visit", with a
-    dot where the model grows. labels: {x or column: what its axis says}; other columns are left out."""
+    dot where the model grows. ylabels: {column: what its axis says}; other columns are left out."""
     from matplotlib.figure import Figure
     panels = {}     # {column: {model and path: {step or visit: {seed: row}}}}
     for row in rows:
-        if x in row and row["column"] in labels:
+        if x in row and row["column"] in ylabels:
             line = re.sub(" (step|visit) .*", "", row["model"] + row["suffix"])
             places = panels.setdefault(row["column"], {}).setdefault(line, {})
             places.setdefault(row["suffix"], {})[row["seed"]] = row
     if not panels:
-        raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(list(labels)[1:]))
+        raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(ylabels))
     figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
     for axis, (column, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for i, (line, places) in enumerate(lines.items()):
             # 1. a step that one of the seeds lacks is left out
             seeds = set().union(*places.values())
             found = [list(by_seed.values()) for by_seed in places.values() if by_seed.keys() == seeds]
+            if not found:
+                continue
             at = np.mean([[row[x] for row in by_seed] for by_seed in found], axis=1)        # (steps or visits,)
             values = np.array([[row["value"] for row in by_seed] for by_seed in found])     # (steps or visits, seeds)
             # 2. the model grows where the next line of the log is of a deeper one
@@ -701,20 +727,20 @@ def plot_lines(file, rows, x, labels):
             axis.plot(at, values.mean(1), color=f"C{i}", label=line, marker="o" if grows else "", markevery=grows, ms=4)
             axis.fill_between(at, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, linewidth=0)
         if column in TASKS:
-            axis.axhline(TASKS[column][2], color="grey", linewidth=0.7, linestyle=":")      # a guess
+            axis.axhline(TASKS[column].chance, color="grey", linewidth=0.7, linestyle=":")      # a guess
             axis.set_ylim(0, 1.02)
-        axis.set(title=column, xlabel=labels[x], ylabel=labels[column])
+        axis.set(title=column, xlabel=xlabel, ylabel=ylabels[column])
     figure.axes[0].legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
 # -----------------------------------------------------------------------------
 
 def label_of(name, checkpoint):
-    """What tells the rows of a model from others' -> dict: model, its line in tables, which is a run's folder without
-    the seed at its end, so that its seeds share a line; seed; run, one name for one file, however it is written."""
+    """-> model, seed and run of a model's rows. model: its line in tables, the run's folder without the seed at its
+    end, so that its seeds share a line. run: the file, relative to here."""
     seed = checkpoint.get("args", {}).get("seed", 0)
     folder, line = os.path.split(os.path.abspath(name))
-    if os.path.isfile(name):
+    if os.path.isfile(name):    # out/lidas-s0/ckpt.pt -> lidas, out/lidas-s0/stable.pt -> lidas/stable.pt
         line = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{line}".replace("/ckpt.pt", "")
     return {"model": line, "seed": seed, "run": os.path.relpath(name) if os.path.exists(name) else name}
 
@@ -737,7 +763,7 @@ def rows_of_models(args, measure):
         measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
         for table, where, column, score in measured:
             rows.append({"table": table, **label, "suffix": f" {where}" if where else "", "column": column, **score})
-            if args.results:    # row by row: what is measured is kept
+            if args.results:
                 append_rows(args.results, rows[-1:])
     return rows
 
@@ -755,10 +781,11 @@ def main():
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
     # what to measure
-    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; alone: losses only")
+    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; none named: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
-    parser.add_argument("--shots", type=int, nargs="+", action="extend", help="in-context curve: worked examples")
-    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend", help="curve: examples")
+    parser.add_argument("--shots", type=int, nargs="+", action="extend", help="in-context curve: numbers of examples")
+    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend",
+                        help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
@@ -767,7 +794,8 @@ def main():
     parser.add_argument("--results", metavar="FILE", help="append every measured value to this .jsonl file")
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only where \"table: model\" has this pattern")
-    parser.add_argument("--compare", nargs="+", metavar="LINE", help="lines of the tables: 1 - 2, or (1 - 2) - (3 - 4)")
+    parser.add_argument("--compare", nargs="+", metavar="LINE",
+                        help="lines of the tables: 1 - 2, or (1 - 2) - (3 - 4), with 95%% intervals")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -789,9 +817,9 @@ def main():
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
+    check_names(rows)
     if args.plot:
-        x = {"flops_share": "share of a plain model's FLOPs"}
-        plot_lines(args.plot, rows, "flops_share", x | dict.fromkeys(HOPS, "accuracy"))
+        plot_lines(args.plot, rows, "flops_share", "share of a plain model's FLOPs", dict.fromkeys(HOPS, "accuracy"))
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
     elif args.compare:

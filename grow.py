@@ -89,9 +89,9 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
     for optimizers, owner in ((old, model), (new, grown)):
         held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
-        names = {p: name for name, p in owner.named_parameters()}
-        missing = [names[p] for p in names.keys() - held]
-        if missing or len(held) != len(names):
+        distinct, owned = set(held), dict(owner.named_parameters())
+        missing = [name for name, p in owned.items() if p not in distinct]
+        if missing or len(held) != len(owned):
             raise ValueError("the optimizer does not hold exactly the model's parameters: "
                              + (f"{missing[0]} is missing" if missing else "there are others, or one is there twice"))
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)

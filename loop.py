@@ -1,7 +1,7 @@
 """
 Looping: visiting a block of layers again, with the same weights. A loop is only a path, so any model can be
-looped at inference, also one that was not trained to loop (claim 2 of the paper). A model that was has the path in its
-config. Loops are written e-LxK-d (arXiv 2502.17416): e layers, L layers visited K times in all, d layers.
+looped at inference, also one that was not trained to loop (claim 2 of the paper). A model that was trained to loop has
+its path in its config. Loops are written e-LxK-d (arXiv 2502.17416): e layers, L layers visited K times in all, d layers.
 
     python loop.py out/lidas/ckpt.pt --prompt "Where does Mia live ?"   # a block visited 1, 2, 3, 5 times
     python loop.py out/lidas/ckpt.pt --prompt "a=7 a=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
@@ -64,8 +64,10 @@ def parse_path(text):
 def loop_of(path):
     """The block that an e-LxK-d path repeats -> its first layer and its number of layers (e, L), or None."""
     repeated = sorted({index for index in path if path.count(index) > 1})
+    # is it the path that loops exactly these layers?
     if repeated and path == loop_path(max(path) + 1, repeated[0], len(repeated), path.count(repeated[0]) - 1):
         return repeated[0], len(repeated)
+    return None
 
 
 def add_path_options(parser):
@@ -116,8 +118,10 @@ def scan(model, tokens, targets, blocks, visits=2, batch=8):
     # 2. of each block only what comes after its first visit
     for block in [None, *blocks]:
         scores = []
-        first, last = block or (len(model.layers), len(model.layers) - 1)       # None: no layers, after the last one
-        rest = [*range(first, last + 1)] * (visits - 1) + [*range(last + 1, len(model.layers))]
+        last, rest = len(model.layers) - 1, []          # of the plain model nothing is left to compute
+        if block is not None:
+            first, last = block
+            rest = [*range(first, last + 1)] * (visits - 1) + [*range(last + 1, len(model.layers))]
         for streams, rope_and_mask, target in parts:
             x = streams[last + 1]               # the stream after the block's first visit
             for index in rest:
@@ -136,8 +140,11 @@ def show(model, checkpoint, args):
     if not paths:       # its own path, and other numbers of visits of its loop, or of the middle quarter of the layers
         middle = max(1, n_layer // 4)
         start, block = loop_of(own) or ((n_layer - middle) // 2, middle)
-        loops = [f"{start}-{block}x{visits}-{n_layer - block - start}" for visits in (1, 2, 3, 5)]
-        paths = {"its own path": own} | {loop: path for loop in loops if (path := parse_loop(loop)[1]) != own}
+        paths = {"its own path": own}
+        for visits in (1, 2, 3, 5):
+            loop = f"{start}-{block}x{visits}-{n_layer - block - start}"
+            if parse_loop(loop)[1] != own:
+                paths[loop] = parse_loop(loop)[1]
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
@@ -147,33 +154,55 @@ def show(model, checkpoint, args):
 
 
 def show_scan(model, checkpoint, args):
-    """Runs the scan, prints the ten best blocks, and draws a heat map. Half of the examples choose a block, the other
-    half reports on it."""
+    """Runs the scan, prints the ten best blocks, and draws a heat map."""
     import evaluate     # here, since it imports this file
-    n_layer = model.config.n_layer
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
     tokens, targets = evaluate.examples_of(args, checkpoint, model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
-    # 1. what its rows share. A scan is known by the content of its model and examples: a copy of them is the same
+    # 1. the gain of each block
     label, what = evaluate.label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    shared = {"table": f"gain of {args.visits} visits: {what}", **label}
+    row = {"table": f"gain of {args.visits} visits: {what}", **label}
     if not args.data:
-        shared["n"] = len(tokens) // 2
-    of = args.visits
+        row["n"] = len(tokens) // 2
+    plain, gains = measure_gains(model, tokens, targets, args, row)
+    # 2. the best
+    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
+    print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
+          f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
+    evaluate.print_tables([rows[block] for block in best for rows in gains.values()])
+    if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
+        gain = gains["reported"][best[0]]
+        row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
+        evaluate.append_rows(args.results, [{**row, "value": plain}, {
+            **row, "model": f"{label['model']} gain", "value": gain["value"], "se": gain["se"],
+            "loop": gain["suffix"].strip()}])
+    if args.plot:
+        plot_scan(args.plot, gains, model.config.n_layer, f"gain of {args.visits} visits: {what}")
+
+
+def measure_gains(model, tokens, targets, args, row):
+    """-> the plain model's score, and each block's gain over it, above 0 where the block helps: {half: {block: row}}.
+    By the even examples a block is "chosen", on the odd ones it is "reported". row: what the rows share. What --results
+    has of this scan is not measured again."""
+    import evaluate
+    # 1. a scan is known by the content of its model and its examples: a copy of them is the same
+    checksum = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
-        of = zlib.crc32(tensor.cpu().numpy().tobytes(), of)
-    # 2. what --results has of it is not measured again
-    gains = {"chosen": {}, "reported": {}}      # {half: {block: row}}
+        checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
     known = evaluate.read_table(args.results) if args.results and os.path.exists(args.results) else []
-    evaluate.check_names([*known, label])
-    for row in known:
-        if row.get("of") == of:
-            gains[row["column"]][row["start"], row["end"]] = {**row, **shared}
+    measured = [other for other in known if other.get("of") == checksum]
+    if measured:
+        row["run"] = measured[0]["run"]         # also where the model has moved since
+    evaluate.check_names([*known, row])
+    gains = {"chosen": {}, "reported": {}}
+    for other in measured:
+        gains[other["column"]][other["start"], other["end"]] = {**other, **row}
+    # 2. the other blocks
+    n_layer = model.config.n_layer
     blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
               if (start, end) not in gains["reported"]]
-    # 3. the gain of each block over the plain model, above 0 where it helps
     scores = ((block, -loss if args.data else right.float())            # (n,), higher is better
               for block, loss, right in scan(model, tokens, targets, blocks, args.visits))
     _, plain = next(scores)
@@ -182,24 +211,11 @@ def show_scan(model, checkpoint, args):
         for i, half in enumerate(gains):
             gain = (score - plain)[i::2]        # paired over the examples
             gains[half][start, end] = {
-                **shared, "suffix": f" {loop}", "column": half, "value": gain.mean().item(),
-                "se": (gain.std() / len(gain) ** 0.5).item(), "of": of, "start": start, "end": end}
+                **row, "suffix": f" {loop}", "column": half, "value": gain.mean().item(),
+                "se": (gain.std() / len(gain) ** 0.5).item(), "of": checksum, "start": start, "end": end}
         if args.results:
             evaluate.append_rows(args.results, [rows[start, end] for rows in gains.values()])
-    # 4. the best
-    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
-    plain = plain.abs().mean().item()
-    print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
-          f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
-    evaluate.print_tables([rows[block] for block in best for rows in gains.values()])
-    if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
-        gain = gains["reported"][best[0]]
-        row = {**shared, "table": f"scan: the best block visited {args.visits} times", "column": what}
-        evaluate.append_rows(args.results, [{**row, "value": plain}, {
-            **row, "model": f"{label['model']} gain", "value": gain["value"], "se": gain["se"],
-            "loop": gain["suffix"].strip()}])
-    if args.plot:
-        plot_scan(args.plot, gains, n_layer, shared["table"])
+    return plain.abs().mean().item(), gains     # a loss without its minus
 
 
 def plot_scan(file, gains, n_layer, title):
@@ -241,7 +257,10 @@ def main():
         requires={"scan": ("task", "data", "questions", "visits", "n", "seed", "results", "plot")})
     check_outputs(plot=args.plot)
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
-    (show_scan if args.scan else show)(model, checkpoint, args)
+    if args.scan:
+        show_scan(model, checkpoint, args)
+    else:
+        show(model, checkpoint, args)
 
 
 if __name__ == "__main__":

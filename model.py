@@ -313,9 +313,11 @@ class GPT(nn.Module):
         hf = LlamaForCausalLM(LlamaConfig(**settings | extra | {"num_hidden_layers": len(path)}))
         state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
-        hf.to(dtype).save_pretrained(folder)
+        part = f"{os.path.normpath(folder)}.part"       # takes its name when whole
+        hf.to(dtype).save_pretrained(part)
         for name, content in files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            pathlib.Path(part, name).write_bytes(content)
+        os.replace(part, folder)
 
     def parameter_sources(self, path):
         """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
@@ -328,19 +330,13 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # scoring
 
-@torch.no_grad()
-def score_rows(model, tokens, targets, path=None, batch=16):
-    """tokens, targets (n, T) -> loss and right of score_targets, (n,) each. An answer is right when each of its tokens
-    is the likeliest after the true ones before: then greedy decoding gives it, in one forward pass."""
-    device, scores = model.embed.weight.device, []
-    for part, target in zip(tokens.split(batch), targets.split(batch)):
-        scores.append(score_targets(model, model.hidden(part.to(device), path), target.to(device)))
-    return [torch.cat(column).cpu() for column in zip(*scores)]
-
-
 def score_targets(model, hidden, targets):
-    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, and each row has some that are) -> by
-    row, the mean loss of its scored tokens in nats (B,), and whether all of them are the likeliest (B,)."""
+    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, each row has one or more that are)
+    -> for each row the mean loss of its scored tokens in nats, and whether its answer is right, (B,) each.
+
+    It is right when each of its tokens is the likeliest after the true ones before it: then greedy decoding would give
+    it, and one forward pass tells.
+    """
     scored = targets >= 0
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
@@ -349,6 +345,16 @@ def score_targets(model, hidden, targets):
     # sums by row
     row, zeros = scored.nonzero()[:, 0], torch.zeros(len(targets), device=targets.device)
     return zeros.index_add(0, row, losses) / scored.sum(1), zeros.index_add(0, row, wrong) == 0
+
+
+@torch.no_grad()
+def score_rows(model, tokens, targets, path=None, batch=16):
+    """score_targets of tokens, targets (n, T), some rows at a time -> losses, right, (n,) each"""
+    device, scores = model.embed.weight.device, []
+    for part, target in zip(tokens.split(batch), targets.split(batch)):
+        hidden = model.hidden(part.to(device), path)                            # (batch, T, n_embd)
+        scores.append(score_targets(model, hidden, target.to(device)))
+    return [torch.cat(column).cpu() for column in zip(*scores)]
 
 
 def estimate_loss(model, rows, path=None):
@@ -486,7 +492,7 @@ def save_atomically(file, write):
 
 
 def save_checkpoint(file, model, **more):
-    """A dict of config, model (weights), tokenizer (a spec of get_tokenizer), heldout ({name: rows}), and what
+    """Writes a dict of config, model (weights), tokenizer (a spec of get_tokenizer), heldout ({name: rows}), and what
     train.py needs to go on. Only tensors, numbers, texts, lists and dicts: reading it runs no code."""
     buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
     torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict(), **more}, buffer)
@@ -507,6 +513,8 @@ def load_checkpoint(name, device="cpu"):
             checkpoint = {"tokenizer": spec, "heldout": {}}
             if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
                 raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
+    except ModuleNotFoundError:     # transformers: run_script says what to install
+        raise
     except Exception as error:      # pickle, safetensors and the hub raise errors of every kind
         raise ValueError(f"{name} cannot be opened as a checkpoint (.pt), or as a Llama of Hugging Face "
                          f"({type(error).__name__}: {error})")
@@ -516,7 +524,7 @@ def load_checkpoint(name, device="cpu"):
 def check_outputs(new=None, plot=None):
     """Checked before any work: nothing is overwritten, and a figure can be drawn. Raises ValueError."""
     if plot:
-        import matplotlib.figure    # noqa: F401, whether it is installed
+        import matplotlib.figure    # noqa: F401: fails here, not after the work
         if not plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"{plot}: a figure is a .png, .pdf or .svg")
     for file in (new, plot):
@@ -535,11 +543,16 @@ def pick_device(text="auto"):
     return text
 
 
-def positive_int(text):
-    """A type for argparse."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def between(low, high, kind=float):
+    """A type for argparse: a number of a range."""
+    def number(text):
+        if not low <= kind(text) <= high:       # nan is refused as well
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return kind(text)
+    return number
+
+
+positive_int = between(1, 10 ** 9, int)
 
 
 def read_options(parser, excludes={}, requires={}):
@@ -565,7 +578,8 @@ def run_script(main):
     try:
         main()
     except (ValueError, OSError, re.error, ModuleNotFoundError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)                               # as shells do

@@ -9,7 +9,7 @@ the curves repeat with the block that was grown or looped (1b).
     python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4        # any Llama
 
 h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
-Interventions are paths, or masks of the positions at which a visit is kept; there is no second model.
+Interventions are paths, or masks of the positions at which a visit is left out; there is no second model.
 """
 import argparse
 import statistics
@@ -101,7 +101,8 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
             a, m = run_visit(model.layers[path[later]], stream, rope_and_mask)
             change = (update[later] - (a + m)).norm(dim=-1)                 # (B, T)
             effects[s, later] = over_positions(change / update[later].norm(dim=-1).clamp(min=1e-6))     # no 0 / 0
-            x = x + a + m
+            if not local:
+                x = x + a + m
         new_output = model.head(model.norm(last - taken if local else x)).softmax(-1)
         on_output[s] = over_positions((output - new_output).norm(dim=-1))
     return effects, on_output
@@ -136,7 +137,7 @@ def reordered(path, size):
         before, unit, after = path[:i], path[i:i + size], path[i + size:]
         neighbour, rest = after[:size], after[size:]    # the unit after it, and what follows
         if before or after:
-            paths["skip"].append(before + after)    # never an empty path
+            paths["skip"].append(before + after)
         if neighbour:
             paths["swap"].append(before + neighbour + unit + rest)
         if unit[::-1] != unit:                          # else it is the same path
@@ -162,7 +163,7 @@ def weight_similarity(model, path=None):
         w = F.normalize(torch.stack([layer.get_parameter(name).detach().flatten().float() for layer in model.layers]))
         similarity = similarity + w @ w.T / len(names)  # (n_layer, n_layer)
     path = model.config.resolve_path(path)
-    return similarity[path][:, path].cpu()    # visits in place of layers
+    return similarity[path][:, path].cpu()
 
 # -----------------------------------------------------------------------------
 # one number per claim
@@ -170,7 +171,7 @@ def weight_similarity(model, path=None):
 def late_over_middle(curve):
     """1a: mean of the last third of visits over that of the middle third (of 8 visits: 2 over 3); above 1 where late
     visits count more. First visits are large in any model and hide this in a depth score. A choice of this project."""
-    _, middle, late = curve.tensor_split(3)    # the last ones are the shorter, where 3 does not divide the depth
+    _, middle, late = curve.tensor_split(3)     # where 3 does not divide the depth, the last third is shorter
     return (late.mean() / middle.mean()).item()
 
 
@@ -187,9 +188,10 @@ def period_share(curve, block):
     project, so that "recurring patterns" is a number."""
     x = curve[block:-block].double()    # without the two ends
     groups = [x[i::block] for i in range(block)]
-    between = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)  # variance between the groups ...
-    # ... over all of it, as in a one-way analysis of variance
-    return (between / ((x - x.mean()) ** 2).sum().clamp(min=1e-30)).item(), (block - 1) / (len(x) - 1)
+    # sum of squares between the groups over all of it, as in a one-way analysis of variance
+    between = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)
+    total = ((x - x.mean()) ** 2).sum().clamp(min=1e-30)
+    return (between / total).item(), (block - 1) / (len(x) - 1)
 
 
 def convergence(curve, other):
@@ -231,10 +233,10 @@ def numbers(curves, block):
     tables["1a: late over middle, the last third of visits over the middle third"] = {
         name: late_over_middle(curves[name])
         for name in ("skip_output", "skip_later", "local_later", "update", "attention", "mlp")
-        if len(curves[name]) >= 3}              # the last visit has none after it
+        if len(curves[name]) >= 3}              # "later" has no value for the last visit
     tables["1a: depth score, 0.5 for a flat curve"] = {
         name: depth_score(curves[name]) for name in ("skip_output", "skip_later", "future_output", "future_later")}
-    if depth >= 3 * block + 1 and block > 1:        # without the first and the last block, more than one
+    if depth >= 3 * block + 1 and block > 1:        # without the first and the last block, more than one is left
         period = tables["1b: share of variance that visit mod block explains"] = {}
         for name in ("cos_attention", "attention", "update", "skip_output"):
             period[name], period["expected by chance"] = period_share(curves[name], block)
@@ -274,7 +276,7 @@ def convergence_rows(rows):
     for (line, seed, run), mine in curves.items():
         found = {}      # {other line: convergences}
         for (other, other_seed, _), theirs in curves.items():
-            if (seed == other_seed) == (line != other):    # of one seed and two lines, or of two seeds and one line
+            if seed != other_seed if line == other else seed == other_seed:
                 found.setdefault(other, []).extend(convergence(mine[c], theirs[c]) for c in BY_VISIT)
         for other, values in found.items():
             yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed, "run": run,
@@ -300,7 +302,7 @@ def main():
         append_rows(args.results, found)
     print_tables(rows + found)
     if args.plot:
-        plot_lines(args.plot, rows, "visit", {"visit": "visit", **BY_VISIT})
+        plot_lines(args.plot, rows, "visit", "visit", BY_VISIT)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import gc
 import importlib.util
@@ -39,14 +40,15 @@ from tqdm import tqdm
 import evaluate
 from grow import METHODS, depth_schedule, grow, grow_optimizer
 from loop import add_path_options, path_of
-from model import (GPT, GPTConfig, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device, positive_int,
-                   read_options, run_script, save_atomically, save_checkpoint)
+from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
+                   positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
 # data: a stream gives row `number`, (context + 1) token ids; a batch is a pure function of (seed, step, rank)
 
 def read_tokens(args, tokenizer):
-    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world."""
+    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world. Every process
+    has all of them in memory, 2 bytes each (4 of a large vocabulary)."""
     files, tokens = {"general": args.data, "math": args.math}, {}
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     for name in files:
@@ -54,6 +56,7 @@ def read_tokens(args, tokenizer):
             tokens[name] = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
         elif files[name]:
             parts = evaluate.encode_files(files[name], tokenizer, args.field)
+            # the empty one: there may be no document
             tokens[name] = np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
     return tokens
 
@@ -70,8 +73,8 @@ def split_rows(tokens, eot, width):
     cut += begins[0] if len(begins) else 0
     rows, heldout = (part[:len(part) // width * width].reshape(-1, width) for part in (tokens[:cut], tokens[cut:]))
     if not len(rows) or not len(heldout):
-        raise ValueError(f"{len(tokens)} tokens are too few for training and held-out rows of {width}: give more text, "
-                         f"or a smaller --context")
+        raise ValueError(f"{len(tokens)} tokens are too few for training and held-out rows of {width}: give more --data "
+                         f"(--math), or a smaller --context")
     return rows, heldout
 
 
@@ -225,14 +228,14 @@ def make_optimizers(model, args):
 
 
 def compiles(args):
-    """Whether the layers are compiled: where there is a compiler, and the run is long enough to win the time back."""
+    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is long enough
+    to win the time back. Not on MPS."""
     if args.compile != "auto":
         return args.compile == "on"
-    if args.device == "mps" or args.steps - args.start < 500:
-        return False
     if args.device == "cpu":
-        return any(map(shutil.which, ("g++", "clang++", "cl")))     # of C++
-    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cl")))
+        return args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
+    return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
+            and any(map(shutil.which, ("gcc", "clang", "cl"))))
 
 
 def prepare(model, args):
@@ -255,18 +258,9 @@ def prepare(model, args):
 DEPTH = ("method", "layers", "block", "alpha")
 CONFLICTS = {   # options that another option decides already
     "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
-OF_THIS_START = {"device", "out", "resume"}         # not taken over from the run that goes on
+OF_THIS_START = {"device", "out", "resume"}         # not those of the run that --resume or --init goes on with
 # the defaults of a GPU, where those of the parser are a CPU's
 CUDA = {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000, "cooldown": 0.2}
-
-
-def between(low, high, kind=float):
-    """A type for argparse."""
-    def number(text):
-        if not low <= kind(text) <= high:       # nan is refused as well
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
-    return number
 
 
 def make_parser():
@@ -283,7 +277,7 @@ def make_parser():
     add("--heads", type=positive_int, default=2, help="of attention, each at least 32 wide (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
     add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA: 512)")
-    # the schedule. Of --init with a model that is no run the defaults are others
+    # the schedule: --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
     add("--lr", type=between(0, 1000), default=3e-3,
@@ -310,7 +304,7 @@ def make_parser():
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    # the first step of this run, and the depth of the plain model that its FLOPs are a share of
+    # not options: the first step of this run, and the depth of the plain model that its FLOPs are a share of
     parser.set_defaults(start=0, plain_layers=None)
     return parser
 
@@ -326,12 +320,13 @@ def read_args():
     if args.resume:
         model, checkpoint = load_run(args.out)
         saved = checkpoint["args"]
-        for name in given - OF_THIS_START - {"compile"}:
+        for name in given - OF_THIS_START - {"compile"}:       # which is of the machine
             if getattr(args, name) != saved[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
         default(**saved)
-        on_cpu = "device" not in given and saved["device"] == "cpu"     # a GPU's run goes on where there is none
-        args.device = pick_device("cpu" if on_cpu else args.device)
+        if "device" not in given and saved["device"].split(":")[0] in ("cpu", pick_device()):
+            args.device = saved["device"]       # else the best one here: a GPU's run goes on where there is none
+        args.device = pick_device(args.device)
         return args, model, checkpoint
 
     args.device = pick_device(args.device)
@@ -372,6 +367,8 @@ def check(args, given, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
+    if constant_steps(args) < 1 and not model:
+        raise ValueError("--steps less the cooldown must leave a step")
     growth_plan(args)                               # whole blocks, and steps for each stage
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
@@ -379,9 +376,10 @@ def check(args, given, model, checkpoint):
         raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     if args.method == "baseline" and given & {"block", "alpha"}:
         raise ValueError("--block and --alpha go with a --method that grows")
-    cools_down = constant_steps(args) < args.steps
-    if given & {"math", "math_share"} and (not cools_down or bool(args.math) != bool(args.data)):
-        raise ValueError("--math and --math-share need a --cooldown; of files, --math goes with --data")
+    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
+        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
+    if given & {"math", "math_share"} and bool(args.math) != bool(args.data):
+        raise ValueError("--math goes with --data, --math-share with both: the built-in world has math of its own")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
@@ -404,6 +402,7 @@ class Run:
     """What a run prints, keeps and saves; on the first process only, where there are several."""
 
     def __init__(self, args, config, tokenizer, heldout, kept, start, log):
+        # kept: what a checkpoint has besides, the tokenizer's spec and the data's checksums
         self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
         # at the last report
         self.step, self.flops, self.time = start, log[-1]["flops"] if log else 0, time.perf_counter()
@@ -482,7 +481,8 @@ def set_up_processes(args):
     if world_size > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # torchrun has started one process per GPU
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        # the others wait while the first one evaluates and saves
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     return rank, world_size
 
 # -----------------------------------------------------------------------------
@@ -547,8 +547,8 @@ def finish(args, model, tokenizer):
 def train(args, model, optimizers, batches, start, run):
     """The loop, from step `start` on. run: of the first process, else None. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
-    growth_steps, constant = dict(growth_plan(args)[1:]), constant_steps(args)
-    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant}     # and growth
+    constant, grows_at = constant_steps(args), {step for step, _ in growth_plan(args)[1:]}
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant} | grows_at
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
@@ -567,23 +567,22 @@ def train(args, model, optimizers, batches, start, run):
             loss = wrapped(rows[:, :-1], rows[:, 1:])[1]
         loss.backward()
         # 3. the update
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)         # of all gradients together
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
         del loss                                # its graph would hold the parameters that growth replaces
         done = step + 1
-        due = done in report_steps or done in growth_steps
         # 4. report: the last line of a stage is of the model before it grows
-        if due:
+        if done in report_steps:
             mean_loss = torch.stack(losses).mean().item()
             losses.clear()
             if run:
                 run.report(model, done, mean_loss)
         # 5. grow: duplicate a block, and the optimizer's moments with it
-        if done in growth_steps:
-            path = METHODS[args.method](model.config.n_layer, args.block)       # visits one block twice
+        if done in grows_at:
+            path = METHODS[args.method](model.config.n_layer, args.block)
             grown = grow(model, path)
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's
@@ -591,7 +590,7 @@ def train(args, model, optimizers, batches, start, run):
             if run:
                 run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
-        if due and run:
+        if done in report_steps and run:
             if done == constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)

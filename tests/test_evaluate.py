@@ -52,7 +52,7 @@ def test_formats_as_published(task):
 
 @pytest.mark.parametrize("task", [task for task in E.TASKS if task.startswith(("assign", "hops"))])
 def test_assignments_against_a_solver(task):
-    hops = E.TASKS[task][1]["hops"]
+    hops = E.TASKS[task].options["hops"]
     for prompt, answer in questions(task, 50):
         values = dict(re.findall(r"^(\w)=(\w+)$", prompt, re.M))
         asked = (re.findall(r"^(\w)=(?:___.*)?\Z", prompt, re.M) or re.findall(r"value of (\w)\?", prompt))[0]
@@ -101,7 +101,7 @@ def test_a_task_is_a_function_of_its_seed_and_can_be_guessed_as_often_as_it_says
     assert questions(task, 20) == questions(task, 20)
     pairs = questions(task, 2000 if task == "word-problem" else 300)
     most = Counter(answer for _, answer in pairs).most_common(1)[0][1] / len(pairs)
-    assert most < E.TASKS[task][2] + 0.1
+    assert most < E.TASKS[task].chance + 0.1
     for prompt, answer in pairs[:50]:       # prompt and answer share no token: encoded together they are as apart
         begin, end = E.encode_example(tokenizer, prompt, answer)
         assert begin == [tokenizer.eot] + tokenizer.encode(prompt) and end == tokenizer.encode(answer) and end

@@ -426,8 +426,8 @@ BAD = {     # options: what is said
     "--math {text} --data {text} --cooldown 0": "--cooldown", "--math-share 0.5 --cooldown 0": "--cooldown",
     "--field body": "--data",
     "--lr fast": "--lr", "--lr nan": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
-    "--kv-heads 2": "n_kv_head", "--cooldown 1": "a step or more", "--batch 0": "positive_int", "--seed -1": "--seed",
-    "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "no file", "--math {text}": "goes with --data",
+    "--kv-heads 2": "n_kv_head", "--cooldown 1": "leave a step", "--batch 0": "from 1", "--seed -1": "--seed",
+    "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "no file", "--math {text}": "with --data",
     "--device gpu": "no device", "--out {text}/run": "",
     "--context 16": "16",                               # the built-in tasks do not fit: said before training
     # options that do not apply are named, not passed over
