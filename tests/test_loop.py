@@ -1,5 +1,6 @@
 """Paths that loop, the demo, and the scan against running each looped path from the start."""
 import re
+import shutil
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_prompt_along_several_paths(trained):
 
 
 def test_the_scan_by_command(trained, tmp_path):
-    """It can be stopped and gone on with; the rows of another scan are not mixed in."""
+    """It can be stopped and gone on with, also where the model has moved; the rows of another scan are not mixed in."""
     rows, text = tmp_path / "rows.jsonl", written(tmp_path / "a.txt", "Mia lives in Dover. " * 200)
     questions = written(tmp_path / "q.jsonl", '{"question": "1+1?", "answer": 2}\n' * 9)
     command = ["loop.py", trained / "ckpt.pt", "--scan", "-n", 8, "--device", "cpu"]
@@ -85,7 +86,9 @@ def test_the_scan_by_command(trained, tmp_path):
     before = rows.read_text()
     rows.write_text("".join(before.splitlines(True)[:6]))
     assert works(*command, "--data", text, "--results", rows).stdout == whole and rows.read_text() == before
-    assert works(*command, "--data", text, "--results", rows).stdout == whole and len(rows.read_text()) < len(before) * 1.1
+    moved = shutil.copytree(trained, tmp_path / "moved" / trained.name) / "ckpt.pt"
+    printed = works("loop.py", moved, *command[2:], "--data", text, "--results", rows).stdout
+    assert printed == whole and len(rows.read_text()) < len(before) * 1.1
     long = written(tmp_path / "long.jsonl", ('{"question": "' + "1 + " * 200 + '1 ?", "answer": 2}\n') * 9)
     for options, message in ((["--task", "hops-9"], "no task hops-9"), (["--questions", long], "0 of 8"), (["-n", 3], "4"),
                              (["--visits", 1], "2 --visits"), (["--plot", "a.xyz"], ".png")):
