@@ -347,8 +347,8 @@ def bin_tokens(file, tokenizer):
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
     header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
-    # the header's first number says whose tokens follow
-    dtype = {20240520: np.uint16, 20240801: np.uint32}.get(header[0]) if size >= 1024 else None     # GPT-2's, Llama 3's
+    # the header's first number says whose tokens follow: GPT-2's, Llama 3's
+    dtype = {20240520: np.uint16, 20240801: np.uint32}.get(header[0]) if size >= 1024 else None
     if dtype:
         tokens = np.memmap(file, dtype, mode="r", offset=1024, shape=(int(header[2]),))     # refuses a file cut short
     elif size == 0 or size % 2:
@@ -358,7 +358,7 @@ def bin_tokens(file, tokenizer):
         if len(tokens) > 8 and not tokens[1::2][:1000].any():
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
     for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a held-out loss needs the first part only
-        if part.max() >= tokenizer.n_vocab:     # else the model would fail, or learn nonsense, much later
+        if len(part) and part.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
             raise ValueError(f"{file} holds token {part.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
         yield part
 
@@ -612,11 +612,16 @@ def check_names(rows):
             raise ValueError(f"{other} and {run} have one name and one seed: rename a folder")
 
 
+def line_of(row):
+    """The line of a table that a row belongs to: a model, or a model along a path."""
+    return row["model"] + row.get("suffix", "")
+
+
 def tables_of(rows):
     """-> of each table its name, {(line, column): {seed: row}}, lines, columns. What is measured again counts once."""
     tables = {}
     for row in rows:
-        place = row["model"] + row.get("suffix", ""), row["column"]     # a line is a model, or a model along a path
+        place = line_of(row), row["column"]
         tables.setdefault(row["table"], {}).setdefault(place, {})[row["seed"]] = row
     for table, cells in tables.items():
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
@@ -659,8 +664,8 @@ def scale_of(row):
 
 
 def cell(rows, seeds):
-    """rows: one per seed -> mean ± standard deviation, or, of one seed, ± the standard error of its examples; and their
-    number, where their line has more `seeds`."""
+    """rows: one per seed -> mean ± standard deviation, or, of one seed, ± the standard error of its examples. Their
+    number follows, where their line has more `seeds`."""
     if not rows:
         return "-"
     scale, digits = scale_of(rows[0])
@@ -676,6 +681,8 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95%
 def print_differences(rows, names):
     """Of lines of the tables 1 - 2, or (1 - 2) - (3 - 4), paired by seed: the mean over the seeds that all have, and
     its 95% interval by Student's t."""
+    if missing := set(names) - set(map(line_of, rows)):
+        raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
     title, printed = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})", False
     signs = np.array([1, -1, -1, 1])[:len(names)]
     for table, cells, _, columns in tables_of(rows):
@@ -696,7 +703,7 @@ def print_differences(rows, names):
             print_lines(f"{table}: {title.format(*names)}", lines)
             printed = True
     if not printed:
-        raise ValueError(f"there is nothing to compare: {', '.join(names)} share no table with two seeds or more")
+        raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
 
 
 def plot_lines(file, rows, x, xlabel, ylabels):
@@ -706,9 +713,9 @@ def plot_lines(file, rows, x, xlabel, ylabels):
     panels = {}     # {column: {model and path: {step or visit: {seed: row}}}}
     for row in rows:
         if x in row and row["column"] in ylabels:
-            line = re.sub(" (step|visit) .*", "", row["model"] + row["suffix"])
+            line = re.sub(" (step|visit) .*", "", line_of(row))
             places = panels.setdefault(row["column"], {}).setdefault(line, {})
-            places.setdefault(row["suffix"], {})[row["seed"]] = row
+            places.setdefault(line_of(row), {})[row["seed"]] = row
     if not panels:
         raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(ylabels))
     figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
@@ -735,6 +742,11 @@ def plot_lines(file, rows, x, xlabel, ylabels):
 
 # -----------------------------------------------------------------------------
 
+def run_of(name):
+    """One name for one file, however it is written."""
+    return os.path.relpath(name) if os.path.exists(name) else name
+
+
 def label_of(name, checkpoint):
     """-> model, seed and run of a model's rows. model: its line in tables, the run's folder without the seed at its
     end, so that its seeds share a line. run: the file, relative to here."""
@@ -742,7 +754,7 @@ def label_of(name, checkpoint):
     folder, line = os.path.split(os.path.abspath(name))
     if os.path.isfile(name):    # out/lidas-s0/ckpt.pt -> lidas, out/lidas-s0/stable.pt -> lidas/stable.pt
         line = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{line}".replace("/ckpt.pt", "")
-    return {"model": line, "seed": seed, "run": os.path.relpath(name) if os.path.exists(name) else name}
+    return {"model": line, "seed": seed, "run": run_of(name)}
 
 
 def rows_of_models(args, measure):
@@ -753,7 +765,7 @@ def rows_of_models(args, measure):
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in dict.fromkeys(args.models):     # one that is named twice is measured once
+    for name in dict.fromkeys(map(run_of, args.models)):        # one that is named twice is measured once
         model, checkpoint = load_checkpoint(name, device)
         label = label_of(name, checkpoint)
         check_names([*known, *rows, label])    # before it is measured
@@ -781,7 +793,7 @@ def main():
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
     # what to measure
-    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; none named: losses only")
+    parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; if none: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
     parser.add_argument("--shots", type=int, nargs="+", action="extend", help="in-context curve: numbers of examples")
     parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend",
@@ -809,7 +821,7 @@ def main():
         raise ValueError("--compare takes two lines, or four")
     if min(args.shots or [0]) < 0:
         raise ValueError("--shots are 0 or more")
-    check_outputs(plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     # the rows, and what is shown of them

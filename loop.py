@@ -1,7 +1,7 @@
 """
 Looping: visiting a block of layers again, with the same weights. A loop is only a path, so any model can be
 looped at inference, also one that was not trained to loop (claim 2 of the paper). A model that was trained to loop has
-its path in its config. Loops are written e-LxK-d (arXiv 2502.17416): e layers, L layers visited K times in all, d layers.
+its path in its config. Loops are written e-LxK-d (arXiv 2502.17416): e layers, L layers visited K times in all, d.
 
     python loop.py out/lidas/ckpt.pt --prompt "Where does Mia live ?"   # a block visited 1, 2, 3, 5 times
     python loop.py out/lidas/ckpt.pt --prompt "a=7 a=" --loop 3-2x2-3 --path 0-3,2-5,4-7    # paths of your own
@@ -255,7 +255,7 @@ def main():
         parser, {"scan": ("loop", "path", "prompt", "length"), "data": ("task", "questions", "seed"),
                  "questions": ("task", "seed")},
         requires={"scan": ("task", "data", "questions", "visits", "n", "seed", "results", "plot")})
-    check_outputs(plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot)
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     if args.scan:
         show_scan(model, checkpoint, args)

@@ -22,6 +22,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -313,11 +314,14 @@ class GPT(nn.Module):
         hf = LlamaForCausalLM(LlamaConfig(**settings | extra | {"num_hidden_layers": len(path)}))
         state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
-        part = f"{os.path.normpath(folder)}.part"       # takes its name when whole
-        hf.to(dtype).save_pretrained(part)
-        for name, content in files.items():
-            pathlib.Path(part, name).write_bytes(content)
-        os.replace(part, folder)
+        part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # takes its name when whole
+        try:
+            hf.to(dtype).save_pretrained(part)
+            for name, content in files.items():
+                pathlib.Path(part, name).write_bytes(content)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def parameter_sources(self, path):
         """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
@@ -448,8 +452,11 @@ def hf_tokenizer(files):
     # else end-of-text; the eos of a chat model ends a turn, not a document.
     first = tokenizer("a")["input_ids"][0]
     eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode,
-                     first if first in tokenizer.all_special_ids else eot, len(tokenizer))
+    eot = first if first in tokenizer.all_special_ids else eot
+    if eot is None:
+        raise ValueError("its tokenizer has no token that begins or ends a document")
+    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode, eot,
+                     len(tokenizer))
 
 
 def hf_files(name_or_dir):
@@ -459,8 +466,9 @@ def hf_files(name_or_dir):
         for kind in (AutoTokenizer, GenerationConfig):
             try:
                 kind.from_pretrained(name_or_dir).save_pretrained(folder)
-            except (OSError, ValueError) as error:      # losses can be measured without, text needs a tokenizer
-                print(f"{name_or_dir}: no {kind.__name__} ({' '.join(str(error).split())})", file=sys.stderr)
+            except (OSError, ValueError):
+                if kind is AutoTokenizer and any(pathlib.Path(name_or_dir).glob("tokenizer*")):
+                    raise       # else it has none: losses can be measured, text needs one
         return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
 
 
@@ -521,8 +529,9 @@ def load_checkpoint(name, device="cpu"):
     return model.to(device), checkpoint
 
 
-def check_outputs(new=None, plot=None):
-    """Checked before any work: nothing is overwritten, and a figure can be drawn. Raises ValueError."""
+def check_outputs(new=None, rows=None, plot=None):
+    """Checked before any work: nothing is overwritten, rows are appended to a .jsonl file, and a figure can be drawn.
+    Raises ValueError."""
     if plot:
         import matplotlib.figure    # noqa: F401: fails here, not after the work
         if not plot.endswith((".png", ".pdf", ".svg")):
@@ -530,6 +539,11 @@ def check_outputs(new=None, plot=None):
     for file in (new, plot):
         if file and os.path.exists(file):
             raise ValueError(f"{file} exists: choose another name, or remove it")
+    if rows and not rows.endswith(".jsonl"):
+        raise ValueError(f"{rows}: rows go to a .jsonl file")
+    for file in (rows, plot):
+        if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+            raise ValueError(f"there is no folder for {file}")
 
 
 def pick_device(text="auto"):

@@ -295,7 +295,7 @@ def main():
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args = parser.parse_args()
-    check_outputs(plot=args.plot)
+    check_outputs(rows=args.results, plot=args.plot)
     rows = rows_of_models(args, measure)
     found = list(convergence_rows(rows))
     if args.results:

@@ -71,11 +71,7 @@ def split_rows(tokens, eot, width):
     cut = max(0, len(tokens) - n_heldout * width)
     begins = np.flatnonzero(tokens[cut:cut + n_heldout * width // 2] == eot)
     cut += begins[0] if len(begins) else 0
-    rows, heldout = (part[:len(part) // width * width].reshape(-1, width) for part in (tokens[:cut], tokens[cut:]))
-    if not len(rows) or not len(heldout):
-        raise ValueError(f"{len(tokens)} tokens are too few for training and held-out rows of {width}: give more --data "
-                         f"(--math), or a smaller --context")
-    return rows, heldout
+    return [part[:len(part) // width * width].reshape(-1, width) for part in (tokens[:cut], tokens[cut:])]
 
 
 def file_row(rows, seed, number):
@@ -95,6 +91,9 @@ def open_streams(args, tokenizer, tokens):
     for name in tokens or evaluate.STREAMS:
         if tokens:
             rows, held = split_rows(tokens[name], tokenizer.eot, args.context + 1)
+            if not len(rows) or not len(held):
+                raise ValueError(f"{len(tokens[name])} {name} tokens are too few for training and held-out rows of "
+                                 f"{args.context + 1}: give more text, or a smaller --context")
             streams[name] = functools.partial(file_row, rows, args.seed)
             data[name] = zlib.crc32(tokens[name])       # --resume compares it: the data must not have changed
         else:                           # the built-in world is made as it is read
@@ -280,7 +279,7 @@ def make_parser():
     # the schedule: --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
-    add("--lr", type=between(0, 1000), default=3e-3,
+    add("--lr", type=between(1e-12, 1000), default=3e-3,
         help="of the constant phase (default: 0.003; at 0.0045 look-ups came later; --init of no run: 0.0001)")
     add("--embed-share", type=between(0, 1000), default=0.3,
         help="learning rate of embedding and norms, as a share of --lr (default: 0.3, for early look-ups; --data: 1)")
@@ -480,7 +479,10 @@ def set_up_processes(args):
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
         if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # torchrun has started one process per GPU
+            gpu = int(os.environ["LOCAL_RANK"])         # torchrun has started one process per GPU
+            if gpu >= torch.cuda.device_count():
+                raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own")
+            torch.cuda.set_device(gpu)
         # the others wait while the first one evaluates and saves
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     return rank, world_size

@@ -125,6 +125,10 @@ def test_broken_directories_end_in_one_line(tmp_path):
         refused(message, "loop.py", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     refused("tokenizer", "loop.py", tmp_path / "hf")        # it has none, and is asked to write
+    broken = written(tmp_path / "hf" / "tokenizer.json", "{bad")        # was exported without its tokenizer
+    refused("", "grow.py", tmp_path / "hf", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    broken.unlink()
     weights = tmp_path / "hf" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     refused("", "loop.py", tmp_path / "hf")
@@ -132,8 +136,8 @@ def test_broken_directories_end_in_one_line(tmp_path):
 
 def test_without_transformers_a_line_says_what_to_install(tmp_path, monkeypatch, trained):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused("transformers", "loop.py", "SomeName/SomeModel")
-    refused("transformers", "grow.py", trained / "ckpt.pt", "--out", tmp_path / "llama")
+    refused("pip install transformers", "loop.py", "SomeName/SomeModel")
+    refused("pip install transformers", "grow.py", trained / "ckpt.pt", "--out", tmp_path / "llama")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Signatures against a slow, obvious recomputation: whole forward passes and hooks."""
 import math
+import os
 
 import pytest
 import torch
@@ -210,6 +211,7 @@ def test_the_command(trained, tmp_path):
     printed = works(*both, "--results", results).stdout
     assert "late over middle" in printed and "convergence" in printed and "lidas visit 6" in printed
     assert works("evaluate.py", "--table", results).stdout == printed
+    assert works(*both, os.path.join(trained, ".", "ckpt.pt")).stdout == printed      # one model in two spellings
     printed = works(*both[:2], "--rows", 6, "--loop", "2-2x2-2", "--path", "0-3,5").stdout
     assert "lidas 2-2x2-2 visit 7" in printed and "lidas 0-3,5 visit 4" in printed
     for bad in (["--loop", "2,2,1"], ["--rows", 0], ["--plot", results], ["--data", "none.txt"]):
