@@ -529,15 +529,15 @@ def measure(args, model, checkpoint):
         return curves(checkpoint)
     if args.finetune:
         return fine_tuning_curve(args, model, checkpoint)
+    paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
     if args.questions:
-        return question_scores(args, model, checkpoint)
-    return scores(args, model, checkpoint)
+        return question_scores(args, model, checkpoint, paths)
+    return scores(args, model, checkpoint, paths)
 
 
-def scores(args, model, checkpoint):
+def scores(args, model, checkpoint, paths):
     """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
-    paths = {"": None} | paths_of(args, model.config)
-    table = "along paths" if len(paths) > 1 else "tasks"    # the first path is the model's own
+    table = "along paths" if len(paths) > 1 else "tasks"
     if not args.shots:
         if table == "tasks" and checkpoint.get("log"):      # a share of a plain model's
             yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
@@ -556,10 +556,9 @@ def scores(args, model, checkpoint):
             yield f"{task}: accuracy by number of shots", where, str(shots), score
 
 
-def question_scores(args, model, checkpoint):
+def question_scores(args, model, checkpoint, paths):
     """Right answers to a file of questions, by the number of shots and along each path."""
     tokenizer, all_shots = get_tokenizer(checkpoint["tokenizer"]), args.shots or [0]
-    paths = {"": None} | paths_of(args, model.config)       # the first path is the model's own
     table = f"{os.path.basename(args.questions)}: right answers by shots"
     for shots, (where, path) in itertools.product(all_shots, paths.items()):
         questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
@@ -601,6 +600,11 @@ def read_table(file):
     if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
         raise ValueError(f"{file} has rows that --results did not write")
     return rows
+
+
+def rows_so_far(file):
+    """The rows of --results, if it is given and is there already."""
+    return read_table(file) if file and os.path.exists(file) else []
 
 
 def check_names(rows):
@@ -761,7 +765,7 @@ def rows_of_models(args, measure):
     """What a command measures of its models, one after another -> rows, each appended to --results as it comes.
     measure(args, model, checkpoint) yields table, what the line says after the model's name, column, score."""
     device, rows = pick_device(args.device), []
-    known = read_table(args.results) if args.results and os.path.exists(args.results) else []
+    known = rows_so_far(args.results)
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")

@@ -163,7 +163,8 @@ def show_scan(model, checkpoint, args):
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
     # 1. the gain of each block
     label, what = evaluate.label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    row = {"table": f"gain of {args.visits} visits: {what}", **label}
+    title = f"gain of {args.visits} visits: {what}"
+    row = {"table": title, **label}
     if not args.data:
         row["n"] = len(tokens) // 2
     plain, gains = measure_gains(model, tokens, targets, args, row)
@@ -179,7 +180,7 @@ def show_scan(model, checkpoint, args):
             **row, "model": f"{label['model']} gain", "value": gain["value"], "se": gain["se"],
             "loop": gain["suffix"].strip()}])
     if args.plot:
-        plot_scan(args.plot, gains, model.config.n_layer, f"gain of {args.visits} visits: {what}")
+        plot_scan(args.plot, gains, model.config.n_layer, title)
 
 
 def measure_gains(model, tokens, targets, args, row):
@@ -191,10 +192,10 @@ def measure_gains(model, tokens, targets, args, row):
     checksum = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
         checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
-    known = evaluate.read_table(args.results) if args.results and os.path.exists(args.results) else []
+    known = evaluate.rows_so_far(args.results)
     measured = [other for other in known if other.get("of") == checksum]
     if measured:
-        row["run"] = measured[0]["run"]         # also where the model has moved since
+        row["run"] = measured[0]["run"]         # also where the model has moved since; the caller's row as well
     evaluate.check_names([*known, row])
     gains = {"chosen": {}, "reported": {}}
     for other in measured:

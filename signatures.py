@@ -97,13 +97,15 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
         taken = skipped.unsqueeze(-1) * update[s]       # D_s where it is left out (B, T, n_embd)
         x = h[s] + update[s] - taken                    # the stream after s without it; nothing before s changes
         for later in range(s + 1, len(path)):
-            stream = h[later] - taken if local else x       # local: that of the full run, less D_s
-            a, m = run_visit(model.layers[path[later]], stream, rope_and_mask)
+            if local:                                   # each later visit alone: its stream of the full run, less D_s
+                x = h[later] - taken
+            a, m = run_visit(model.layers[path[later]], x, rope_and_mask)
             change = (update[later] - (a + m)).norm(dim=-1)                 # (B, T)
             effects[s, later] = over_positions(change / update[later].norm(dim=-1).clamp(min=1e-6))     # no 0 / 0
-            if not local:
-                x = x + a + m
-        new_output = model.head(model.norm(last - taken if local else x)).softmax(-1)
+            x = x + a + m
+        if local:
+            x = last - taken
+        new_output = model.head(model.norm(x)).softmax(-1)
         on_output[s] = over_positions((output - new_output).norm(dim=-1))
     return effects, on_output
 

@@ -234,7 +234,7 @@ def compiles(args):
     if args.device == "cpu":
         return args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
     return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
-            and any(map(shutil.which, ("gcc", "clang", "cl"))))
+            and any(map(shutil.which, ("gcc", "clang", "cc", "cl"))))
 
 
 def prepare(model, args):

@@ -387,6 +387,13 @@ def test_a_short_last_document_leaves_the_held_out_part_whole():
     assert len(train.split_rows(np.array([0] + [1] * 60000 + [0] + [2] * 10), 0, 128)[1]) == 24
 
 
+def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_gpt2, tmp_path):
+    """Token files that outlive a change of the data train on something else, with a loss that looks fine."""
+    short, other = written(tmp_path / "short.txt", "a" * 99), written(tmp_path / "other.txt", "b" * 9999)
+    refused("too few", "train.py", *TINY_RUN, "--data", short, "--out", tmp_path / "run")
+    works("train.py", *TINY_RUN, "--steps", 10, "--evals", 1, "--data", other, "--out", tmp_path / "run")
+    assert (run_of(tmp_path / "run")["heldout"]["general"] == ord("b")).all()
+
 # -----------------------------------------------------------------------------
 # bad input
 
@@ -425,7 +432,7 @@ BAD = {     # options: what is said
     "--loop 1-2x2-1": "--loop", "--path 0-3": "--path", "--width 63": "heads",
     "--math {text} --data {text} --cooldown 0": "--cooldown", "--math-share 0.5 --cooldown 0": "--cooldown",
     "--field body": "--data",
-    "--lr fast": "--lr", "--lr nan": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
+    "--lr fast": "--lr", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "leave a step", "--batch 0": "from 1", "--seed -1": "--seed",
     "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "no file", "--math {text}": "with --data",
     "--device gpu": "no device", "--out {text}/run": "",
