@@ -74,6 +74,7 @@ lives loses many more orders pet they together took work works""".split()
 PIECES = r"\b[A-Za-z]=|___|->|\n|[A-Za-z]+|\d+|\S"
 SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
+TOKENIZER = {"words": ["<|endoftext|>", *WORDS], "pattern": PIECES}     # for get_tokenizer
 
 # -----------------------------------------------------------------------------
 # families: random.Random, options -> body, [(question, answer), ...]
@@ -276,11 +277,6 @@ def example(task, rng, shots=0, heldout=True):
     return before + body + question, answer
 
 
-def world_spec():
-    """The tokenizer of the world, for get_tokenizer."""
-    return {"words": ["<|endoftext|>", *WORDS], "pattern": PIECES}
-
-
 def world_row(tokenizer, context, stream, heldout, seed, number):
     """Row `number` of a stream: (context + 1) token ids, a pure function of the arguments."""
     rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
@@ -343,24 +339,23 @@ def documents(file, field=None):
 
 
 def bin_tokens(file, tokenizer):
-    """A .bin file of tokens: raw uint16 (nanoGPT), or with a header of 256 int32 (llm.c, modded-nanogpt)."""
+    """A .bin file of tokens -> (n,): raw uint16 (nanoGPT), or after a header of 256 int32 (llm.c, modded-nanogpt)."""
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
     header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
     # the header's first number says whose tokens follow: GPT-2's, Llama 3's
     dtype = {20240520: np.uint16, 20240801: np.uint32}.get(header[0]) if size >= 1024 else None
+    if size == 0 or size % 2:
+        raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
     if dtype:
         tokens = np.memmap(file, dtype, mode="r", offset=1024, shape=(int(header[2]),))     # refuses a file cut short
-    elif size == 0 or size % 2:
-        raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
     else:
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
         if len(tokens) > 8 and not tokens[1::2][:1000].any():
             raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
-    for part in np.array_split(tokens, len(tokens) // 2 ** 24 + 1):     # a held-out loss needs the first part only
-        if len(part) and part.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
-            raise ValueError(f"{file} holds token {part.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
-        yield part
+    if len(tokens) and tokens.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
+        raise ValueError(f"{file} holds token {tokens.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
+    return tokens
 
 
 def encode_files(files, tokenizer, field=None):
@@ -368,17 +363,17 @@ def encode_files(files, tokenizer, field=None):
     for file in files:
         check_text_file(file)
         if file.lower().endswith(".bin"):
-            yield from bin_tokens(file, tokenizer)
+            yield bin_tokens(file, tokenizer)
             continue
         for text in tqdm(documents(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
             yield np.array([tokenizer.eot] + tokenizer.encode(text))
 
 
-def rows_of(file, checkpoint, context, n):
+def rows_of(file, tokenizer, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
     width = min(context, 256) + 1
-    parts = encode_files([file], get_tokenizer(checkpoint["tokenizer"]))
-    tokens = [int(token) for token in itertools.islice(itertools.chain.from_iterable(parts), n * width)]
+    tokens = itertools.chain.from_iterable(encode_files([file], tokenizer))
+    tokens = [int(token) for token in itertools.islice(tokens, n * width)]
     if len(tokens) < width:
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
     return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
@@ -392,10 +387,6 @@ def encode_example(tokenizer, prompt, answer):
     alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
     same = len(os.path.commonprefix([alone, both]))     # it takes lists as well
     return [tokenizer.eot] + both[:same], both[same:]
-
-
-class TooLong(ValueError):
-    """A task's questions do not fit the context."""
 
 
 @functools.lru_cache        # a log line or another path asks the same questions again
@@ -413,7 +404,7 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
                 break
         if max(len(prompt) + len(answer) for prompt, answer in examples.values()) <= context:
             return list(examples.values()), fitting
-    raise TooLong(f"a question of {task} is longer than the context of {context}")
+    raise ValueError(f"a question of {task} is longer than the context of {context}")
 
 
 def padded(examples):
@@ -501,41 +492,60 @@ def answer_questions(model, tokenizer, questions, length, path=None):
     return torch.tensor(right)
 
 
-def examples_of(args, checkpoint, context):
+def examples_of(args, tokenizer, context):
     """What a scan (loop.py) asks: --data, --questions or --task -> tokens, targets (n, T)"""
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if args.data:
-        rows = rows_of(args.data, checkpoint, context, args.n)
+        rows = rows_of(args.data, tokenizer, context, args.n)
         return rows[:, :-1], rows[:, 1:]    # every token is predicted
-    if args.questions:
-        pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
-        fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
-        if len(fitting) < 4:
-            raise ValueError(f"{len(fitting)} of {len(pairs)} questions fit the context of {context}, fewer than 4")
-        if len(fitting) < len(pairs):
-            tqdm.write(f"{len(pairs) - len(fitting)} questions are longer than the context of {context}: left out")
-        return padded(fitting)
-    if args.task not in TASKS:
-        raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
-    return padded(encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[0])
+    if not args.questions:
+        if args.task not in TASKS:
+            raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
+        return padded(encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[0])
+    pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
+    fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
+    if not fitting:
+        raise ValueError(f"none of {len(pairs)} questions fits the context of {context}")
+    if len(fitting) < len(pairs):
+        tqdm.write(f"{len(pairs) - len(fitting)} of {len(pairs)} questions do not fit the context of {context}: left out")
+    return padded(fitting)
 
 # -----------------------------------------------------------------------------
-# what is measured of a model: table, what its line says after the model's name, column, score, such as
-# "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}
+# what is measured of a model
 
 def measure(args, model, checkpoint):
-    """All that was asked for, of one model."""
-    if args.curves:
-        return curves(checkpoint)
-    if args.finetune:
-        return fine_tuning_curve(args, model, checkpoint)
+    """All that was asked for, of one model: yields table, path as it is written, column, score, such as
+    "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
     paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
-    if args.questions:
-        return question_scores(args, model, checkpoint, paths)
-    return scores(args, model, checkpoint, paths)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions else None
+    if args.curves:
+        yield from curves(checkpoint)
+    elif args.finetune:
+        for task, n_train, draws in itertools.product(args.tasks, args.finetune, [range(args.seed, args.seed + 3)]):
+            tuned = [finetune(model, tokenizer, task, n_train, args.n, seed=draw) for draw in draws]
+            yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), {
+                "value": statistics.mean(tuned), "se": statistics.stdev(tuned) / len(tuned) ** 0.5, "n": args.n,
+                "chance": TASKS[task].chance}
+    elif args.questions:
+        table, all_shots = f"{os.path.basename(args.questions)}: right answers by shots", args.shots or [0]
+        for shots, (where, path) in itertools.product(all_shots, paths.items()):
+            questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
+            right = answer_questions(model, tokenizer, questions, args.length, path)
+            if len(right):
+                yield table, where, str(shots), proportion(right)
+    else:
+        yield from scores(args, model, checkpoint, tokenizer, paths)
 
 
-def scores(args, model, checkpoint, paths):
+def curves(checkpoint):
+    """What the log of a run has at each step, but for the lines just after growth."""
+    for row in checkpoint.get("log", []):
+        for column in [] if "growth" in row else row:    # the line before growth has the same step
+            if column.startswith(("hops-", "loss ")):
+                yield "training", f"step {row['step']}", column, {
+                    "value": row[column], "x": row["flops_share"], "depth": row["depth"]}
+
+
+def scores(args, model, checkpoint, tokenizer, paths):
     """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
     table = "along paths" if len(paths) > 1 else "tasks"
     if not args.shots:
@@ -543,57 +553,26 @@ def scores(args, model, checkpoint, paths):
             yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
         for name, (where, path) in itertools.product(checkpoint["heldout"], paths.items()):
             yield table, where, f"loss {name}", {"value": estimate_loss(model, checkpoint["heldout"][name], path)}
-    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks else None
     for task, shots, (where, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
         try:
             score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-        except TooLong as error:
+        except ValueError as error:     # its questions do not fit the context: the others' table counts
             tqdm.write(f"{error}: left out")
             continue
         if shots is None:
             yield table, where, task, score
-        elif score["shots"] == shots:       # else so many do not fit the context
+        elif score["shots"] == shots:   # else so many do not fit the context
             yield f"{task}: accuracy by number of shots", where, str(shots), score
 
-
-def question_scores(args, model, checkpoint, paths):
-    """Right answers to a file of questions, by the number of shots and along each path."""
-    tokenizer, all_shots = get_tokenizer(checkpoint["tokenizer"]), args.shots or [0]
-    table = f"{os.path.basename(args.questions)}: right answers by shots"
-    for shots, (where, path) in itertools.product(all_shots, paths.items()):
-        questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
-        right = answer_questions(model, tokenizer, questions, args.length, path)
-        if len(right):
-            yield table, where, str(shots), proportion(right)
-
-
-def fine_tuning_curve(args, model, checkpoint, draws=3):
-    """Accuracy by the number of examples, the mean over some draws of them."""
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    for task, n_train in itertools.product(args.tasks, args.finetune):
-        tuned = [finetune(model, tokenizer, task, n_train, args.n, seed=args.seed + draw) for draw in range(draws)]
-        yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), {
-            "value": statistics.mean(tuned), "se": statistics.stdev(tuned) / draws ** 0.5, "n": args.n,
-            "chance": TASKS[task].chance}
-
-
-def curves(checkpoint):
-    """What the log of a run has at each step, but for the lines just after growth."""
-    for row in checkpoint.get("log", []):
-        kept = {name: row[name] for name in ("step", "depth", "flops_share")}
-        for column in [] if "growth" in row else row:    # the line before growth has the same step
-            if column.startswith(("hops-", "loss ")):
-                yield "training", f"step {row['step']}", column, {"value": row[column], **kept}
-
 # -----------------------------------------------------------------------------
-# measurements are rows; tables and figures are made of rows
+# measurements are rows: table, model and path, seed, column, value. Tables and figures are made of rows
 
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read_table(file):
+def read_rows(file):
     """The rows of a file that --results wrote."""
     rows = list(read_jsonl(file))
     kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
@@ -602,141 +581,90 @@ def read_table(file):
     return rows
 
 
-def rows_so_far(file):
-    """The rows of --results, if it is given and is there already."""
-    return read_table(file) if file and os.path.exists(file) else []
-
-
-def check_names(rows):
-    """Raises ValueError where rows of two runs would be taken for one's."""
-    runs = {}
-    for row in rows:
-        run = row.get("run")
-        if (other := runs.setdefault((row["model"], row["seed"]), run)) != run:
-            raise ValueError(f"{other} and {run} have one name and one seed: rename a folder")
-
-
-def line_of(row):
-    """The line of a table that a row belongs to: a model, or a model along a path."""
-    return row["model"] + row.get("suffix", "")
-
-
 def tables_of(rows):
-    """-> of each table its name, {(line, column): {seed: row}}, lines, columns. What is measured again counts once."""
+    """-> of each table its name, {(model, column): {seed: row}}, models, columns. What is measured again counts once."""
     tables = {}
     for row in rows:
-        place = line_of(row), row["column"]
+        place = row["model"], row["column"]
         tables.setdefault(row["table"], {}).setdefault(place, {})[row["seed"]] = row
     for table, cells in tables.items():
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
 
 
+def differences(rows, names):
+    """Of the models' rows 1 - 2, or (1 - 2) - (3 - 4), paired by seed, as rows of one more model."""
+    title = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})"
+    for _, cells, _, columns in tables_of(rows):
+        for column in columns:
+            found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
+            seeds = set.intersection(*map(set, found))      # those that all have; of one there is no interval
+            for seed in seeds if len(seeds) > 1 else ():
+                value = sum(sign * by_seed[seed]["value"] for sign, by_seed in zip((1, -1, -1, 1), found))
+                yield {**found[0][seed], "model": title.format(*names), "value": value, "paired": True}
+
+
 def print_tables(rows):
     """A line per model, a column per measurement, or the other way round where there are more of these."""
     for table, cells, names, columns in tables_of(rows):
-        # 1. a line per model
         lines = [["", "seeds", *columns]]
         for name in names:
-            found = [cells.get((name, column), {}) for column in columns]       # {seed: row} each
-            seeds = len(set().union(*found))    # the line's own number: a cell may have fewer
-            lines.append([name, str(seeds), *(cell(list(by_seed.values()), seeds) for by_seed in found)])
-        # 2. what the scores of a column share, as 20 or as 2-5
-        for key, scale in (("chance", 100), ("shots", 1), ("n", 1)):
-            texts = []
-            for column in columns:
-                values = {round(scale * row[key]) for place in cells for row in cells[place].values()
-                          if place[1] == column and key in row}
-                ends = sorted({min(values), max(values)}) if values else []
-                texts.append("-".join(map(str, ends)))
-            if any(texts):
-                lines.append([key, "", *texts])
-        # 3. the longer side goes down
-        print_lines(table, [*zip(*lines)] if len(columns) > 8 else lines)
-
-
-def print_lines(title, lines):
-    """A title, and lines of texts in columns."""
-    first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
-    print(f"\n{title}")
-    for name, *texts in lines:
-        print((f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(texts, widths))).rstrip())
-
-
-def scale_of(row):
-    """-> scale and digits: FLOPs are a share of a plain model's, what is counted in n examples is a percentage."""
-    return (100, 0) if row["column"] == "flops" else (100, 1) if "n" in row else (1, 4 if "se" in row else 3)
-
-
-def cell(rows, seeds):
-    """rows: one per seed -> mean ± standard deviation, or, of one seed, ± the standard error of its examples. Their
-    number follows, where their line has more `seeds`."""
-    if not rows:
-        return "-"
-    scale, digits = scale_of(rows[0])
-    values = [row["value"] for row in rows]
-    spread = [statistics.stdev(values)] if len(rows) > 1 else [row["se"] for row in rows if "se" in row]
-    text = "±".join(f"{scale * x:.{digits}f}" for x in (statistics.mean(values), *spread))
-    return text + (f" ({len(rows)})" if len(rows) < seeds else "")
+            found = [list(cells.get((name, column), {}).values()) for column in columns]
+            seeds = max(map(len, found))        # a cell may have fewer
+            lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
+        for key in ("chance", "shots", "n"):    # what the scores of a column share
+            shared = {column: f"{round(row[key], 2):g}" for (_, column), by_seed in cells.items()
+                      for row in by_seed.values() if key in row}
+            if shared:
+                lines.append([key, "", *(shared.get(column, "") for column in columns)])
+        lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
+        first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
+        print(f"\n{table}")
+        for name, *texts in lines:
+            print("  ".join([name.ljust(first), *map(str.rjust, texts, widths)]).rstrip())
 
 
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
 
 
-def print_differences(rows, names):
-    """Of lines of the tables 1 - 2, or (1 - 2) - (3 - 4), paired by seed: the mean over the seeds that all have, and
-    its 95% interval by Student's t."""
-    if missing := set(names) - set(map(line_of, rows)):
-        raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
-    title, printed = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})", False
-    signs = np.array([1, -1, -1, 1])[:len(names)]
-    for table, cells, _, columns in tables_of(rows):
-        lines = [["", "seeds", "difference", "95% interval"]]
-        for column in columns:
-            found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
-            seeds = set.intersection(*map(set, found))      # paired: those that all lines have
-            if len(seeds) < 2:
-                continue
-            scale, digits = scale_of(next(iter(found[0].values())))
-            values = np.array([[scale * by_seed[seed]["value"] for seed in seeds] for by_seed in found])
-            difference = signs @ values                                         # (lines, seeds) -> (seeds,)
-            mean, n = difference.mean(), len(seeds)
-            half = STUDENT[min(n - 2, 8)] * difference.std(ddof=1) / n ** 0.5
-            interval = f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
-            lines.append([column, str(n), f"{mean:+.{digits}f}", interval])
-        if len(lines) > 1:
-            print_lines(f"{table}: {title.format(*names)}", lines)
-            printed = True
-    if not printed:
-        raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
+def cell(rows, seeds):
+    """rows: one per seed -> their mean ± standard deviation; of one seed ± the standard error of its examples; of a
+    difference ± half of its 95% interval, by Student's t. Their number follows where their line has more `seeds`."""
+    if not rows:
+        return "-"
+    values, n = [row["value"] for row in rows], len(rows)
+    text = f"{statistics.mean(values):{'+' if 'paired' in rows[0] else ''}.3f}"
+    if n > 1:
+        interval = STUDENT[min(n - 2, 8)] / n ** 0.5 if "paired" in rows[0] else 1
+        text += f"±{interval * statistics.stdev(values):.3f}"
+    elif "se" in rows[0]:
+        text += f"±{rows[0]['se']:.3f}"
+    return text + (f" ({n})" if n < seeds else "")
 
 
-def plot_lines(file, rows, x, xlabel, ylabels):
-    """A panel for each column: mean and range over the seeds of each model against x, "flops_share" or "visit", with a
-    dot where the model grows. ylabels: {column: what its axis says}; other columns are left out."""
+def plot_lines(file, rows, xlabel, ylabels):
+    """A panel for each column: mean and range over the seeds of each model against the rows' x, with a dot where the
+    model grows. ylabels: {column: what its axis says}; other columns are left out."""
     from matplotlib.figure import Figure
-    panels = {}     # {column: {model and path: {step or visit: {seed: row}}}}
-    for row in rows:
-        if x in row and row["column"] in ylabels:
-            line = re.sub(" (step|visit) .*", "", line_of(row))
-            places = panels.setdefault(row["column"], {}).setdefault(line, {})
-            places.setdefault(line_of(row), {})[row["seed"]] = row
-    if not panels:
+    tables = list(tables_of([row for row in rows if "x" in row and row["column"] in ylabels]))
+    if not tables:
         raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(ylabels))
-    figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
-    for axis, (column, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for i, (line, places) in enumerate(lines.items()):
-            # 1. a step that one of the seeds lacks is left out
-            seeds = set().union(*places.values())
-            found = [list(by_seed.values()) for by_seed in places.values() if by_seed.keys() == seeds]
-            if not found:
-                continue
-            at = np.mean([[row[x] for row in by_seed] for by_seed in found], axis=1)        # (steps or visits,)
-            values = np.array([[row["value"] for row in by_seed] for by_seed in found])     # (steps or visits, seeds)
-            # 2. the model grows where the next line of the log is of a deeper one
-            depths = [by_seed[0].get("depth") for by_seed in found]
+    _, cells, names, columns = tables[0]
+    lines = {}      # {model: [model step 0, model step 390, ...]}
+    for name in names:
+        lines.setdefault(re.sub(" (step|visit) .*", "", name), []).append(name)
+    figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+        for i, (line, names) in enumerate(lines.items()):
+            # of each step or visit a row per seed
+            found = [list(cells[name, column].values()) for name in names if (name, column) in cells]
+            at = [statistics.mean(row["x"] for row in some) for some in found]
+            values = [[row["value"] for row in some] for some in found]
+            # the model grows where the next line of the log is of a deeper one
+            depths = [some[0].get("depth") for some in found]
             grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
-            axis.plot(at, values.mean(1), color=f"C{i}", label=line, marker="o" if grows else "", markevery=grows, ms=4)
-            axis.fill_between(at, values.min(1), values.max(1), color=f"C{i}", alpha=0.15, linewidth=0)
+            axis.plot(at, list(map(statistics.mean, values)), color=f"C{i}", label=line,
+                      marker="o" if grows else "", markevery=grows, ms=4)
+            axis.fill_between(at, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15, lw=0)
         if column in TASKS:
             axis.axhline(TASKS[column].chance, color="grey", linewidth=0.7, linestyle=":")      # a guess
             axis.set_ylim(0, 1.02)
@@ -746,39 +674,32 @@ def plot_lines(file, rows, x, xlabel, ylabels):
 
 # -----------------------------------------------------------------------------
 
-def run_of(name):
-    """One name for one file, however it is written."""
-    return os.path.relpath(name) if os.path.exists(name) else name
-
-
 def label_of(name, checkpoint):
-    """-> model, seed and run of a model's rows. model: its line in tables, the run's folder without the seed at its
-    end, so that its seeds share a line. run: the file, relative to here."""
+    """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
+    lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
     seed = checkpoint.get("args", {}).get("seed", 0)
-    folder, line = os.path.split(os.path.abspath(name))
-    if os.path.isfile(name):    # out/lidas-s0/ckpt.pt -> lidas, out/lidas-s0/stable.pt -> lidas/stable.pt
-        line = re.sub(rf"-s?{seed}$", "", os.path.basename(folder)) + f"/{line}".replace("/ckpt.pt", "")
-    return {"model": line, "seed": seed, "run": run_of(name)}
+    folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
+    folder = re.sub(rf"-s?{seed}$", "", folder)
+    return folder if folder and file == "ckpt.pt" else os.path.join(folder, file), seed
 
 
 def rows_of_models(args, measure):
-    """What a command measures of its models, one after another -> rows, each appended to --results as it comes.
-    measure(args, model, checkpoint) yields table, what the line says after the model's name, column, score."""
+    """What a command measures of its models, one after another -> rows, each appended to --results as it comes."""
     device, rows = pick_device(args.device), []
-    known = rows_so_far(args.results)
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
-    for name in dict.fromkeys(map(run_of, args.models)):        # one that is named twice is measured once
+    # one name for one file, however it is written
+    for name in dict.fromkeys(os.path.relpath(name) if os.path.exists(name) else name for name in args.models):
         model, checkpoint = load_checkpoint(name, device)
-        label = label_of(name, checkpoint)
-        check_names([*known, *rows, label])    # before it is measured
+        label, seed = label_of(name, checkpoint)
         if args.data:           # in place of the model's own held-out text
-            text = rows_of(args.data, checkpoint, model.config.context, 64)
+            text = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
         measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
         for table, where, column, score in measured:
-            rows.append({"table": table, **label, "suffix": f" {where}" if where else "", "column": column, **score})
+            line = f"{label} {where}".strip()
+            rows.append({"table": table, "model": line, "seed": seed, "column": column, **score})
             if args.results:
                 append_rows(args.results, rows[-1:])
     return rows
@@ -788,8 +709,7 @@ ALONG, KINDS = ("loop", "path"), ("tasks", "data", "questions", "finetune", "cur
 CONFLICTS = {   # an option: those that would mean nothing beside it
     "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
     "finetune": (*ALONG, "data", "shots", "curves"), "curves": (*ALONG, "tasks", "data", "shots", "n", "seed"),
-    "table": (*ALONG, *KINDS, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare"),
-    "compare": ("json",)}
+    "table": (*ALONG, *KINDS, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare")}
 
 
 def main():
@@ -811,7 +731,7 @@ def main():
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only where \"table: model\" has this pattern")
     parser.add_argument("--compare", nargs="+", metavar="LINE",
-                        help="lines of the tables: 1 - 2, or (1 - 2) - (3 - 4), with 95%% intervals")
+                        help="two lines of a table and their difference, or four: (1 - 2) - (3 - 4); ± half of its 95%% interval")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -829,17 +749,19 @@ def main():
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     # the rows, and what is shown of them
-    rows = read_table(args.table) if args.table else rows_of_models(args, measure)
+    rows = read_rows(args.table) if args.table else rows_of_models(args, measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
+    if args.compare:
+        rows = [row for row in rows if row["model"] in args.compare]
+        rows += differences(rows, args.compare)
+        if not any("paired" in row for row in rows):
+            raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
-    check_names(rows)
     if args.plot:
-        plot_lines(args.plot, rows, "flops_share", "share of a plain model's FLOPs", dict.fromkeys(HOPS, "accuracy"))
+        plot_lines(args.plot, rows, "share of a plain model's FLOPs", dict.fromkeys(HOPS, "accuracy"))
     elif args.json:
         print("\n".join(map(json.dumps, rows)))
-    elif args.compare:
-        print_differences(rows, args.compare)
     else:
         print_tables(rows)
 

@@ -49,6 +49,11 @@ def parse_loop(text):
     return n_layer, loop_path(n_layer, before, block, visits - 1)
 
 
+def write_loop(n_layer, start, block, visits):
+    """What parse_loop reads: (8, 3, 2, 2) -> "3-2x2-3" """
+    return f"{start}-{block}x{visits}-{n_layer - start - block}"
+
+
 def parse_path(text):
     """Layers and inclusive ranges: "0-3,2-5,6" -> [0, 1, 2, 3, 2, 3, 4, 5, 6]. Raises ValueError for other text."""
     path = []
@@ -137,14 +142,13 @@ def show(model, checkpoint, args):
     """The same prompt continued along each path, with the held-out loss there."""
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths, own = paths_of(args, model.config), model.config.resolve_path()
-    if not paths:       # its own path, and other numbers of visits of its loop, or of the middle quarter of the layers
+    if not paths:       # numbers of visits of its own loop, or of the middle quarter of the layers
         middle = max(1, n_layer // 4)
         start, block = loop_of(own) or ((n_layer - middle) // 2, middle)
-        paths = {"its own path": own}
-        for visits in (1, 2, 3, 5):
-            loop = f"{start}-{block}x{visits}-{n_layer - block - start}"
-            if parse_loop(loop)[1] != own:
-                paths[loop] = parse_loop(loop)[1]
+        loops = [write_loop(n_layer, start, block, visits) for visits in (1, 2, 3, 5)]
+        paths = {loop: parse_loop(loop)[1] for loop in loops}
+        if own not in paths.values():
+            paths["its own path"] = own
     for name, path in paths.items():
         losses = "  ".join(f"{stream} {estimate_loss(model, rows, path):.4f}"
                            for stream, rows in checkpoint["heldout"].items())
@@ -158,64 +162,58 @@ def show_scan(model, checkpoint, args):
     import evaluate     # here, since it imports this file
     if model.config.path:
         raise ValueError("the scan needs a model without a loop of its own: grow.py makes one of a looped model")
-    tokens, targets = evaluate.examples_of(args, checkpoint, model.config.context)
+    tokens, targets = evaluate.examples_of(args, get_tokenizer(checkpoint["tokenizer"]), model.config.context)
     if len(tokens) < 4 or args.visits < 2:
         raise ValueError("a scan needs 4 examples, two to choose and two to report, and 2 --visits")
+    label, seed = evaluate.label_of(args.model, checkpoint)
+    what = os.path.basename(args.data or args.questions or args.task)
     # 1. the gain of each block
-    label, what = evaluate.label_of(args.model, checkpoint), os.path.basename(args.data or args.questions or args.task)
-    title = f"gain of {args.visits} visits: {what}"
-    row = {"table": title, **label}
-    if not args.data:
-        row["n"] = len(tokens) // 2
-    plain, gains = measure_gains(model, tokens, targets, args, row)
+    row = {"table": f"gain of {args.visits} visits: {what}", "seed": seed, "n": len(tokens) // 2}
+    plain, gains = measure_gains(model, tokens, targets, args, row, label)
     # 2. the best
-    best = sorted(gains["chosen"], key=lambda block: -gains["chosen"][block]["value"])[:10]
+    best = sorted(gains, key=lambda block: -gains[block][0]["value"])[:10]
     print(f"plain model: {'loss' if args.data else 'accuracy'} {plain:.4f} on {len(tokens)} examples. The blocks that "
           f"gain most,\nchosen on one half of the examples, reported on the other (mean, standard error):")
-    evaluate.print_tables([rows[block] for block in best for rows in gains.values()])
+    evaluate.print_tables([half for block in best for half in gains[block]])
     if args.results:        # for a table over the seeds: the plain model, and the gain of its best block
-        gain = gains["reported"][best[0]]
         row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
-        evaluate.append_rows(args.results, [{**row, "value": plain}, {
-            **row, "model": f"{label['model']} gain", "value": gain["value"], "se": gain["se"],
-            "loop": gain["suffix"].strip()}])
+        gain = {name: gains[best[0]][1][name] for name in ("value", "se", "loop")}
+        evaluate.append_rows(args.results, [{**row, "model": label, "value": plain},
+                                            {**row, "model": f"{label} gain", **gain}])
     if args.plot:
-        plot_scan(args.plot, gains, model.config.n_layer, title)
+        plot_scan(args.plot, gains, model.config.n_layer, f"gain of {args.visits} visits: {what}")
 
 
-def measure_gains(model, tokens, targets, args, row):
-    """-> the plain model's score, and each block's gain over it, above 0 where the block helps: {half: {block: row}}.
-    By the even examples a block is "chosen", on the odd ones it is "reported". row: what the rows share. What --results
+def measure_gains(model, tokens, targets, args, row, label):
+    """-> the plain model's score, and each block's gain over it, above 0 where the block helps: {block: two rows}. By
+    the even examples a block is "chosen", on the odd ones it is "reported". row: what the rows share. What --results
     has of this scan is not measured again."""
     import evaluate
     # 1. a scan is known by the content of its model and its examples: a copy of them is the same
     checksum = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
         checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
-    known = evaluate.rows_so_far(args.results)
-    measured = [other for other in known if other.get("of") == checksum]
-    if measured:
-        row["run"] = measured[0]["run"]         # also where the model has moved since; the caller's row as well
-    evaluate.check_names([*known, row])
-    gains = {"chosen": {}, "reported": {}}
-    for other in measured:
-        gains[other["column"]][other["start"], other["end"]] = {**other, **row}
-    # 2. the other blocks
+    known = {}      # {loop: two rows}
+    for other in evaluate.read_rows(args.results) if args.results and os.path.exists(args.results) else []:
+        if other.get("of") == checksum:
+            known.setdefault(other["loop"], []).append({**other, "model": f"{label} {other['loop']}"})
+    # 2. the blocks, first and last layer, and the loop that each makes
     n_layer = model.config.n_layer
-    blocks = [(start, end) for start in range(n_layer) for end in range(start, n_layer)
-              if (start, end) not in gains["reported"]]
+    loops = {(first, last): write_loop(n_layer, first, last - first + 1, args.visits)
+             for first in range(n_layer) for last in range(first, n_layer)}
+    gains = {block: known[loop] for block, loop in loops.items() if len(known.get(loop, [])) == 2}
+    rest = [block for block in loops if block not in gains]
+    # 3. those that are not known
     scores = ((block, -loss if args.data else right.float())            # (n,), higher is better
-              for block, loss, right in scan(model, tokens, targets, blocks, args.visits))
+              for block, loss, right in scan(model, tokens, targets, rest, args.visits))
     _, plain = next(scores)
-    for (start, end), score in tqdm(scores, total=len(blocks), unit="block", disable=None):
-        loop = f"{start}-{end - start + 1}x{args.visits}-{n_layer - end - 1}"
-        for i, half in enumerate(gains):
-            gain = (score - plain)[i::2]        # paired over the examples
-            gains[half][start, end] = {
-                **row, "suffix": f" {loop}", "column": half, "value": gain.mean().item(),
-                "se": (gain.std() / len(gain) ** 0.5).item(), "of": checksum, "start": start, "end": end}
+    for block, score in tqdm(scores, total=len(rest), unit="block", disable=None):
+        gain = score - plain        # paired over the examples
+        gains[block] = [{**row, "model": f"{label} {loops[block]}", "column": column, "value": half.mean().item(),
+                         "se": (half.std() / len(half) ** 0.5).item(), "of": checksum, "loop": loops[block]}
+                        for column, half in (("chosen", gain[::2]), ("reported", gain[1::2]))]
         if args.results:
-            evaluate.append_rows(args.results, [rows[start, end] for rows in gains.values()])
+            evaluate.append_rows(args.results, gains[block])
     return plain.abs().mean().item(), gains     # a loss without its minus
 
 
@@ -223,8 +221,8 @@ def plot_scan(file, gains, n_layer, title):
     """A heat map: first layer of the block by last, the gain as the colour."""
     from matplotlib.figure import Figure
     values = torch.full((n_layer, n_layer), torch.nan)
-    for block, row in gains["chosen"].items():
-        values[block] = (row["value"] + gains["reported"][block]["value"]) / 2      # over all examples
+    for block, (chosen, reported) in gains.items():
+        values[block] = (chosen["value"] + reported["value"]) / 2       # over all examples
     most = values.nan_to_num().abs().max().item()   # white is no change
     figure = Figure(layout="constrained")
     axis = figure.subplots()

@@ -261,7 +261,7 @@ def measure(args, model, checkpoint):
         curves = all_signatures(model, rows, block, path)
         for column in BY_VISIT:
             for visit, value in enumerate(curves[column].tolist()):
-                yield "by visit", f"{name} visit {visit}".strip(), column, {"value": value, "visit": visit}
+                yield "by visit", f"{name} visit {visit}".strip(), column, {"value": value, "x": visit}
         for table, columns in numbers(curves, block).items():
             for column, value in columns.items():
                 yield table, name, column, {"value": value}
@@ -270,18 +270,18 @@ def measure(args, model, checkpoint):
 def convergence_rows(rows):
     """Of the curves in rows, the convergence of every two models, the mean over the curves: of different methods within
     the seed, of a method with itself over the other seeds -> rows."""
-    curves = {}     # {(line, seed, run): {column: [value by visit]}}
+    curves = {}     # {(line, seed): {column: [value by visit]}}
     for row in rows:
-        if "visit" in row:
-            line = row["model"] + row["suffix"].split(" visit ")[0]
-            curves.setdefault((line, row["seed"], row["run"]), {}).setdefault(row["column"], []).append(row["value"])
-    for (line, seed, run), mine in curves.items():
+        if "x" in row:
+            line = row["model"].split(" visit ")[0]
+            curves.setdefault((line, row["seed"]), {}).setdefault(row["column"], []).append(row["value"])
+    for (line, seed), mine in curves.items():
         found = {}      # {other line: convergences}
-        for (other, other_seed, _), theirs in curves.items():
+        for (other, other_seed), theirs in curves.items():
             if seed != other_seed if line == other else seed == other_seed:
                 found.setdefault(other, []).extend(convergence(mine[c], theirs[c]) for c in BY_VISIT)
         for other, values in found.items():
-            yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed, "run": run,
+            yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed,
                    "column": other, "value": statistics.mean(values)}
 
 # -----------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def main():
         append_rows(args.results, found)
     print_tables(rows + found)
     if args.plot:
-        plot_lines(args.plot, rows, "visit", "visit", BY_VISIT)
+        plot_lines(args.plot, rows, "visit", BY_VISIT)
 
 
 if __name__ == "__main__":

@@ -495,7 +495,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     with own_folder(args.out, args.resume) if rank == 0 else contextlib.nullcontext():
         # 1. the model, and its optimizers
-        spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+        spec = args.encoding or ("gpt2" if args.data else evaluate.TOKENIZER)
         if checkpoint:
             spec = checkpoint["tokenizer"] or args.encoding
         tokenizer = get_tokenizer(spec)

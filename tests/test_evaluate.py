@@ -19,7 +19,7 @@ from model import get_tokenizer, score_rows
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return get_tokenizer(E.world_spec())
+    return get_tokenizer(E.TOKENIZER)
 
 
 def questions(task, n=300, **options):
@@ -232,7 +232,7 @@ def test_token_files_and_text_give_the_same_tokens(kind, tokenizer, tmp_path):
     else:
         file = written(tmp_path / "a.bin", (header.tobytes() if kind == "llm.c" else b"") + tokens.tobytes())
     assert np.concatenate(list(E.encode_files([str(file)], tokenizer))).tolist() == tokens.tolist()
-    assert E.rows_of(str(file), {"tokenizer": E.world_spec()}, 9, 3).flatten().tolist() == tokens[:30].tolist()
+    assert E.rows_of(str(file), tokenizer, 9, 3).flatten().tolist() == tokens[:30].tolist()
 
 
 def test_questions_of_a_file(trained, tmp_path):
@@ -275,12 +275,10 @@ ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "valu
 def test_tables_are_printed_from_rows(tmp_path):
     file = written(tmp_path / "rows.jsonl", jsonl(*ROWS, *ROWS))        # what is measured again counts once
     lines = {line.split()[0]: line.split() for line in works("evaluate.py", "--table", file).stdout.splitlines() if line}
-    assert lines["baseline"] == ["baseline", "2", "2.100±0.141", "100±0", "40.0±14.1"]
-    assert lines["lidas"] == ["lidas", "1", "2.100", "80", "25.0±4.3"]         # one seed: the standard error
-    assert lines["chance"] == ["chance", "20"] and lines["n"] == ["n", "100"]
+    assert lines["baseline"] == ["baseline", "2", "2.100±0.141", "1.000±0.000", "0.400±0.141"]
+    assert lines["lidas"] == ["lidas", "1", "2.100", "0.800", "0.250±0.043"]        # one seed: the standard error
+    assert lines["chance"] == ["chance", "0.2"] and lines["n"] == ["n", "100"]
     refused("nothing to show", "evaluate.py", "--table", file, "--only", "none")
-    written(file, jsonl(*({**ROWS[0], "run": run} for run in ("a/ckpt.pt", "b/ckpt.pt"))))
-    assert not refused("a/ckpt.pt and b/ckpt.pt", "evaluate.py", "--table", file).stdout    # the second alone was shown
     for bad in ("[]", "{}", '{"table": "tasks"', json.dumps({**ROWS[0], "value": None})):
         refused("rows.jsonl", "evaluate.py", "--table", written(file, jsonl(ROWS[0]) + bad))
 
@@ -292,9 +290,9 @@ def test_differences_are_paired_by_seed(tmp_path):
             for seed, value in enumerate(found)]
     file = written(tmp_path / "rows.jsonl", jsonl(*rows))
     compare = ["evaluate.py", "--table", file, "--compare"]
-    title, _, line = works(*compare, *"abcd").stdout.strip().splitlines()
-    assert title == "tasks: (a - b) - (c - d)" and line.split() == ["loss", "general", "2", "+1.000", "-24.420", "to", "26.420"]
-    assert works(*compare, "c", "d").stdout.split()[-5:] == ["3", "+1.000", "-1.483", "to", "3.483"]
+    printed = works(*compare, *"abcd").stdout.splitlines()
+    assert printed[-1].split() == [*"(a-b)-(c-d)".replace("-", " - ").split(), "2", "+1.000±25.420"] and len(printed) == 8
+    assert works(*compare, "c", "d").stdout.split()[-5:] == ["c", "-", "d", "3", "+1.000±2.483"]
     assert "(2)" in works("evaluate.py", "--table", written(file, jsonl(*rows, *({**row, "column": "x"} for row in rows[:2])))).stdout
     refused("two lines", *compare, "a")
     refused("two seeds", "evaluate.py", "--table", written(file, jsonl(rows[0], rows[3])), "--compare", "a", "b")
@@ -306,9 +304,8 @@ def test_the_command(trained, tmp_path):
     common = ["evaluate.py", model, "-n", 8, "--device", "cpu"]
     works(*common, "--tasks", "closed-book", "hops-1", "--loop", "2-2x2-2", "--path", "0-3,5", "--results", rows)
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
-    cells = {(row["suffix"].strip(), row["column"]): row for row in measured}
-    assert {("", "hops-1"), ("2-2x2-2", "hops-1"), ("0-3,5", "loss math")} <= cells.keys()
-    assert {row["model"] for row in measured} == {"lidas"}
+    cells = {(row["model"].split("lidas")[-1].strip(), row["column"]) for row in measured}
+    assert {("", "hops-1"), ("2-2x2-2", "hops-1"), ("0-3,5", "loss math")} <= cells
     printed = works("evaluate.py", "--table", rows).stdout
     again = works(*common, "--tasks", "closed-book", "hops-1", "--loop", "2-2x2-2", "--path", "0-3,5").stdout
     assert again == printed
@@ -321,18 +318,23 @@ def test_the_command(trained, tmp_path):
     assert not (tmp_path / "more.jsonl").exists()               # noticed before the first model was measured
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable
-    shutil.copytree(trained, tmp_path / "lidas")        # two models of one name and seed were once one line
-    for models in ([model, tmp_path / "lidas" / "ckpt.pt"], [tmp_path / "lidas" / "ckpt.pt"]):
-        refused("one name and one seed", "evaluate.py", *models, "--tasks", "--results", rows)
-    works("evaluate.py", os.path.relpath(model), "--tasks", "--results", rows)      # one file, however it is written
-    works("evaluate.py", "--table", rows)
+    # two models of one name and seed were once one line; one file is one, however it is written
+    shutil.copytree(trained, tmp_path / "lidas")
+    for other, lines in ((tmp_path / "lidas" / "ckpt.pt", 4), (os.path.join(trained, ".", "ckpt.pt"), 3)):
+        assert len(works("evaluate.py", model, other, "--tasks").stdout.strip().splitlines()) == lines
+
+
+def test_seeds_share_a_line_and_runs_of_one_name_do_not():
+    for name, label in (("out/lidas-s3/ckpt.pt", "lidas"), ("out/lidas-3/stable.pt", "lidas/stable.pt"), ("a-s4/ckpt.pt", "a-s4"),
+                        ("x/a-s3/ckpt.pt", "x/a"), ("deeper.pt", "deeper.pt"), ("ckpt.pt", "ckpt.pt"), ("org/Llama", "org/Llama")):
+        assert E.label_of(name, {"args": {"seed": 3}}) == (label, 3)
 
 
 def test_a_task_that_does_not_fit_the_context_is_left_out(tokenizer, capsys):
     """One such task ended the default command, and took the others' table with it."""
     args = argparse.Namespace(tasks=["hops-6", "hops-0"], shots=[0], n=4, seed=0, loop=[], path=[], data=None,
                               questions=None, finetune=None, curves=False)
-    model, checkpoint = tiny_model(vocab_size=tokenizer.n_vocab, context=48), {"tokenizer": E.world_spec()}
+    model, checkpoint = tiny_model(vocab_size=tokenizer.n_vocab, context=48), {"tokenizer": E.TOKENIZER}
     assert [table.split(":")[0] for table, *_ in E.measure(args, model, checkpoint)] == ["hops-0"]
     assert "hops-6 is longer than the context of 48: left out" in capsys.readouterr().out
 
@@ -348,8 +350,8 @@ def test_curves_of_the_logs(trained, tmp_path):
 def test_curves_of_seeds_with_different_logs_are_drawn_where_they_meet(tmp_path):
     """One seed that had run on from a checkpoint, with a line twice, ended the figure in a traceback."""
     optional("matplotlib")
-    rows = [{"table": "training", "model": "a", "suffix": f" step {step}", "seed": seed, "column": "hops-0", "value": 0.5,
-             "depth": 2, "flops_share": 0.1 * step} for seed, steps in ((0, (0, 1, 2)), (1, (0, 1, 1, 2, 3))) for step in steps]
+    rows = [{"table": "training", "model": f"a step {step}", "seed": seed, "column": "hops-0", "value": 0.5,
+             "depth": 2, "x": 0.1 * step} for seed, steps in ((0, (0, 1, 2)), (1, (0, 1, 1, 2, 3))) for step in steps]
     file = written(tmp_path / "rows.jsonl", jsonl(*rows))
     works("evaluate.py", "--table", file, "--plot", tmp_path / "growth.png")
     losses = written(tmp_path / "losses.jsonl", jsonl(*({**row, "column": "loss general"} for row in rows)))

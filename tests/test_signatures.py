@@ -192,8 +192,8 @@ def test_convergence_is_within_a_seed_or_with_all_other_seeds_of_the_method():
     assert S.convergence([0.0, 1.0], [0.0, 5.0, 10.0]) == pytest.approx(1)      # the shorter one is stretched
     values = {(name, seed, column): torch.rand(8, generator=torch.Generator().manual_seed(seed + 9 * i)).tolist()
               for seed in range(3) for name in ("one", "two") for i, column in enumerate([name, *S.BY_VISIT]) if i}
-    rows = [{"table": "by visit", "model": name, "suffix": f" 2x4 visit {visit}", "seed": seed, "run": f"{name} {seed}",
-             "column": column, "visit": visit, "value": value}
+    rows = [{"table": "by visit", "model": f"{name} 2x4 visit {visit}", "seed": seed,
+             "column": column, "x": visit, "value": value}
             for (name, seed, column), curve in values.items() for visit, value in enumerate(curve)]
 
     def between(name, seed, other, other_seed):
