@@ -159,14 +159,10 @@ def main():
         print(f"held-out {name} loss: {estimate_loss(model, rows):.4f} before, "
               f"{estimate_loss(model, rows, path):.4f} after")
     if args.out.endswith(".pt"):
-        kept = {key: checkpoint[key] for key in ("tokenizer", "heldout", "args") if key in checkpoint}
-        save_checkpoint(args.out, grow(model, path), **kept)
+        save_checkpoint(args.out, grow(model, path), checkpoint["tokenizer"], checkpoint["heldout"],
+                        args=checkpoint.get("args", {}))
     else:
-        tokenizer = checkpoint["tokenizer"]
-        files = tokenizer["files"] if isinstance(tokenizer, dict) and "files" in tokenizer else {}
-        model.save_pretrained(args.out, path, getattr(torch, args.dtype), files)
-        if model.config.eot is not None:
-            print("Llama has no mask between documents: give it one document at a time")
+        model.save_pretrained(args.out, path, getattr(torch, args.dtype))
     print(f"saved {args.out}")
 
 
