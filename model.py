@@ -47,11 +47,8 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
             raise ValueError("n_embd must be an even multiple of n_head, and n_head a multiple of n_kv_head")
+        self.head_dim = self.n_embd // self.n_head
         self.resolve_path()         # refuses a path with layers that do not exist
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
     def resolve_path(self, path=None):
         """The given path, else the configured one, else every layer once -> list of ints"""
@@ -83,7 +80,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope_and_mask, kv_cache=None):
         B, T, C = x.shape
-        cos, sin, mask = rope_and_mask
+        cos, sin, mask = rope_and_mask          # of the T new positions
         # each (B, heads, T, head_dim)
         q, k, v = (part(x).view(B, T, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -97,7 +94,7 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         # one new token sees every key: with is_causal it would see the first one only
         is_causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, n_head, T, head_dim)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, n_embd)
 
 
@@ -125,7 +122,7 @@ class Layer(nn.Module):
 
     def forward(self, x, rope_and_mask, kv_cache=None):
         x = x + self.attn(self.norm1(x), rope_and_mask, kv_cache)       # (B, T, n_embd)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x))                              # (B, T, n_embd)
 
 
 class GPT(nn.Module):
@@ -191,7 +188,7 @@ class GPT(nn.Module):
         x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
         for visit, index in enumerate(self.config.resolve_path(path)):
             kv_cache = None if cache is None else cache[visit, :, :, :, :tokens.shape[1]]
-            x = self.layers[index](x, rope_and_mask, kv_cache)
+            x = self.layers[index](x, rope_and_mask, kv_cache)      # the path: any layer, any number of times
         return self.norm(x)
 
     def forward(self, tokens, targets=None, path=None):
@@ -199,7 +196,7 @@ class GPT(nn.Module):
         ignored). Without targets: logits of the last position only, (B, 1, vocab_size), and None."""
         x = self.hidden(tokens, path)                   # (B, T, n_embd)
         if targets is None:
-            return self.head(x[:, -1:]), None
+            return self.head(x[:, -1:]), None           # (B, 1, vocab_size)
         logits = self.head(x)                           # (B, T, vocab_size)
         return logits, self.loss(logits.flatten(0, 1), targets.flatten())
 
@@ -228,8 +225,8 @@ class GPT(nn.Module):
             # 3. finished rows stay finished
             if stop is not None:
                 new = new.masked_fill(done, stop)
-                done = done | (new == stop)
-            tokens = torch.cat((tokens, new), dim=1)
+                done = done | (new == stop)                                         # (B, 1)
+            tokens = torch.cat((tokens, new), dim=1)                                # (B, T + tokens so far)
             if stop is not None and done.all():
                 break
         return tokens
@@ -252,11 +249,11 @@ class GPT(nn.Module):
         if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
             raise ValueError(f"{name_or_dir} lacks weights, or has weights that its config does not: {wrong[0]}")
         # 3. what goes with it; a directory may have no tokenizer: losses can be measured, text needs one
-        with tempfile.TemporaryDirectory() as folder:
-            hf.generation_config.save_pretrained(folder)
-            if not os.path.isdir(name_or_dir) or any(pathlib.Path(name_or_dir).glob("tokenizer*")):
+        files = {"generation_config.json": hf.generation_config.to_json_string().encode()}
+        if not os.path.isdir(name_or_dir) or any(pathlib.Path(name_or_dir).glob("tokenizer*")):
+            with tempfile.TemporaryDirectory() as folder:
                 AutoTokenizer.from_pretrained(name_or_dir).save_pretrained(folder)
-            files = {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
+                files |= {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
         # 4. ours; inv_freq is what theirs computes with, which rope_theta alone does not tell of a scaled rope
         settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
         freqs = hf.model.rotary_emb.inv_freq.tolist()
@@ -271,11 +268,11 @@ class GPT(nn.Module):
         from transformers import LlamaConfig, LlamaForCausalLM
         check_outputs(folder)
         path = self.config.resolve_path(path)
-        settings = {theirs: getattr(self.config, ours) for ours, theirs in SETTINGS.items()}
-        of_ours = {"rope_parameters": {"rope_type": "default", "rope_theta": self.config.rope_theta},
-                   "bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
-        settings = (self.config.hf_config or of_ours) | settings | {"num_hidden_layers": len(path)}
-        hf = LlamaForCausalLM(LlamaConfig(**settings))
+        special = {"bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
+        rope = {"rope_type": "default", "rope_theta": self.config.rope_theta}
+        config = dict(self.config.hf_config or {"rope_parameters": rope, **special})
+        config |= {theirs: getattr(self.config, ours) for ours, theirs in SETTINGS.items()}
+        hf = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": len(path)}))
         state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
         hf.to(dtype).save_pretrained(folder)
@@ -287,7 +284,7 @@ class GPT(nn.Module):
         sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
         for visit, index in enumerate(path):
             for name, p in self.layers[index].named_parameters():
-                sources[f"layers.{visit}.{name}"] = p
+                sources[f"layers.{visit}.{name}"] = p       # layer path[visit] has become layer `visit`
         return sources
 
 # -----------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def score_targets(model, hidden, targets):
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
     loss, wrong = torch.zeros(2, *targets.shape, device=targets.device)         # (B, T) each
-    loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")
+    loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")   # 0 elsewhere
     wrong[scored] = (logits.argmax(-1) != targets[scored]).float()
     return loss.sum(1) / scored.sum(1), wrong.sum(1) == 0
 
@@ -313,7 +310,7 @@ def score_rows(model, tokens, targets, path=None, batch=16):
     for part, target in zip(tokens.split(batch), targets.split(batch)):
         hidden = model.hidden(part.to(device).long(), path)                     # (batch, T, n_embd)
         scores.append(score_targets(model, hidden, target.to(device).long()))
-    return [torch.cat(column).cpu() for column in zip(*scores)]
+    return [torch.cat(column).cpu() for column in zip(*scores)]                 # (n,) each
 
 
 def estimate_loss(model, rows, path=None):
@@ -405,25 +402,25 @@ def save_atomically(file, write):
         pathlib.Path(part).unlink(missing_ok=True)
 
 
-def save_checkpoint(file, model, tokenizer=None, heldout={}, **more):
-    """tokenizer: a spec of get_tokenizer; heldout: {name: rows}; more: what train.py needs to go on. Only tensors,
-    numbers, texts, lists and dicts: reading it runs no code."""
-    state = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    save_atomically(file, lambda f: torch.save({**state, "tokenizer": tokenizer, "heldout": heldout, **more}, f))
+def save_checkpoint(file, model, tokenizer=None, heldout={}, args={}, **more):
+    """tokenizer: a spec of get_tokenizer; heldout: {name: rows}; args, more: what train.py needs to go on. All are
+    tensors, numbers, texts, bytes, lists and dicts: reading them runs no code."""
+    state = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer}
+    save_atomically(file, lambda f: torch.save({**state, "heldout": heldout, "args": args, **more}, f))
 
 
 def load_checkpoint(name, device="cpu"):
     """A file of save_checkpoint (.pt), or a Hugging Face name or directory -> model, checkpoint (a dict)"""
     try:
         if name.endswith(".pt"):
-            checkpoint = torch.load(name, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(name, map_location="cpu", weights_only=True)    # runs no code
             model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         else:
             model = GPT.from_pretrained(name)
             files = model.config.hf_files
             spec = {"files": files} if "tokenizer_config.json" in files else None
-            checkpoint = {"tokenizer": spec, "heldout": {}}
+            checkpoint = {"tokenizer": spec, "heldout": {}, "args": {}}
             if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
                 raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
     except ModuleNotFoundError:     # transformers: run_script says what to install
@@ -477,8 +474,9 @@ def read_options(parser, excludes={}, requires={}):
     given = {name for name, value in vars(marked).items() if value is not unset}
     wrong = {other: f"does not go with --{name}" for name in given & excludes.keys() for other in excludes[name]}
     wrong |= {other: f"goes only with --{name}" for name in requires.keys() - given for other in requires[name]}
-    for other in given & wrong.keys():
-        raise ValueError(f"{'-' if len(other) == 1 else '--'}{other} {wrong[other]}".replace("_", "-"))
+    if ignored := sorted(given & wrong.keys()):
+        dashes = "-" if len(ignored[0]) == 1 else "--"
+        raise ValueError(f"{dashes}{ignored[0]} {wrong[ignored[0]]}".replace("_", "-"))
     return args, given
 
 
