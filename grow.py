@@ -1,9 +1,8 @@
 """
-Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice.
-The grown model has weights of its own for every visit, and computes at that moment exactly what the smaller one
-computes along the path. That is not what the smaller one computes without the loop: the loss jumps, and comes back
-within some hundred steps. Four layers in blocks of two, the copy between bars; with an odd number of blocks MIDAS and
-LIDAS agree:
+Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice. The
+grown model has weights of its own for every visit. At that moment it computes exactly what the smaller one computes
+along the path: not what that computes without the loop, so that the loss jumps, and comes back within some hundred
+steps. Four layers in blocks of two, the copy between bars (with an odd number of blocks MIDAS and LIDAS agree):
 
     gradual stacking   the last block, on top                      0 1 2 3 | 2 3 |
     MIDAS              the middle block (arXiv 2409.19044)         0 1 | 0 1 | 2 3
@@ -55,7 +54,7 @@ def lidas(n_layer, block):
 METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 
 # -----------------------------------------------------------------------------
-# growing the weights, and the optimizer's state with them
+# growing the weights, and the optimizer's state with them; and when to grow
 
 def grow(model, path=None):
     """An independent model with a layer for each visit of the path (its own for None), a copy of layer path[visit]: now
@@ -69,8 +68,8 @@ def grow(model, path=None):
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
-    """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`. Each may be a list, as
-    of Muon and AdamW. Learning rates and schedulers are not copied: set the rate in every step."""
+    """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`. Each may be a list
+    (Muon beside AdamW). Learning rates and schedulers are not copied: set the rate in every step."""
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
     for optimizers, owner in ((old, model), (new, grown)):
@@ -90,8 +89,6 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
             holder[target].state[target] = copy.deepcopy(state[sources[name]])      # each visit has its own
     return new_optimizer
 
-# -----------------------------------------------------------------------------
-# when to grow
 
 def growth_steps(total, stages, alpha=0.0):
     """PROP-alpha (arXiv 2409.19044): the steps that each stage gets, T_i = total * i^alpha / sum_j j^alpha; alpha 0
