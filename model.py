@@ -41,14 +41,14 @@ class GPTConfig:
     path: list | None = None        # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
     rope_freqs: list | None = None  # rotary frequencies, where they are not those of rope_theta
-    hf_config: dict | None = None   # of Hugging Face's model, and the files of its tokenizer and generation config:
-    hf_files: dict | None = None    # for the way back
+    hf_config: dict | None = None   # of a model of Hugging Face, for the way back: its config, and
+    hf_files: dict | None = None    # {name: bytes} of its tokenizer, chat template and generation config
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError("n_embd must be an even multiple of n_head, and n_head a multiple of n_kv_head")
+            raise ValueError(f"{self.n_head} heads, each of an even width, do not fit n_embd {self.n_embd} or n_kv_head")
         self.head_dim = self.n_embd // self.n_head
-        self.resolve_path()         # refuses a path with layers that do not exist
+        self.path = None if self.path is None else self.resolve_path()      # refuses layers that do not exist
 
     def resolve_path(self, path=None):
         """The given path, else the configured one, else every layer once -> list of ints"""
@@ -256,8 +256,8 @@ class GPT(nn.Module):
                 files |= {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
         # 4. ours; inv_freq is what theirs computes with, which rope_theta alone does not tell of a scaled rope
         settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
-        freqs = hf.model.rotary_emb.inv_freq.tolist()
-        model = cls(GPTConfig(**settings, rope_freqs=freqs, hf_config=config.to_dict(), hf_files=files))
+        settings["rope_freqs"] = hf.model.rotary_emb.inv_freq.tolist()
+        model = cls(GPTConfig(**settings, hf_config=config.to_dict(), hf_files=files))
         names = {llama_name(name): name for name in model.state_dict()}
         model.load_state_dict({names[name]: weight for name, weight in hf.state_dict().items()})
         return model
