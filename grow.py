@@ -35,7 +35,7 @@ def check_blocks(n_layer, block):
 def stack(n_layer, block):
     """Gradual stacking: the last block once more, on top."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, n_layer - block, block, 1)
+    return loop_path(n_layer, n_layer - block, block, 1)            # one extra visit
 
 
 def midas(n_layer, block):
@@ -63,18 +63,18 @@ def grow(model, path=None):
     path = model.config.resolve_path(path)
     grown = copy.deepcopy(model)        # with the embedding and a head that is tied to it
     grown.layers = nn.ModuleList(copy.deepcopy(model.layers[index]) for index in path)
-    grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)
+    grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)      # each layer once
     return grown
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
-    """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`. Each may be a list
-    (Muon beside AdamW). Learning rates and schedulers are not copied: set the rate in every step."""
+    """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`, along grow's path.
+    Each may be a list (Muon beside AdamW). Learning rates and schedulers are not copied: set the rate in every step."""
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
     for optimizers, owner in ((old, model), (new, grown)):
         held = Counter(p for part in optimizers for group in part.param_groups for p in group["params"])
-        if held != Counter(owner.parameters()):         # each of them, once, and no others
+        if held != Counter(owner.parameters()):             # each of them once, and no others
             missing = [name for name, p in owner.named_parameters() if p not in held]
             raise ValueError(f"the optimizer does not hold exactly the model's parameters; missing: {missing[:1]}")
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
@@ -110,7 +110,7 @@ def depth_schedule(total, depth, block, alpha=0.0):
     each stage: depth_schedule(3200, 8, 2) -> [(0, 2), (800, 4), (1600, 6), (2400, 8)]"""
     check_blocks(depth, block)
     steps = growth_steps(total, depth // block, alpha)
-    return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]
+    return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]      # a block more in each
 
 # -----------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def main():
     # the path: given, or a looped model's own, or that of a growth operator
     path = path_of(args, model.config)
     if not given & {"method", "block"}:
-        path = path or model.config.path
+        path = path or model.config.path        # None, if it has none
     if path is None:
         block = args.block or checkpoint["args"].get("block", 2)
         path = METHODS[args.method or "lidas"](model.config.n_layer, block)

@@ -46,7 +46,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} heads, each of an even width, do not fit n_embd {self.n_embd} or n_kv_head")
+            raise ValueError(f"{self.n_head} heads of an even width each do not fit n_embd {self.n_embd} or n_kv_head")
         self.head_dim = self.n_embd // self.n_head
         self.path = None if self.path is None else self.resolve_path()      # refuses layers that do not exist
 
