@@ -1,24 +1,21 @@
 """
-Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice.
-The grown model has weights of its own for every visit, and computes at that moment exactly what the smaller one
-computes along the path. That is not what the smaller one computes without the loop: the loss jumps, and comes back
-within some hundred steps. Four layers in blocks of two, the copy between bars:
+Growing a model in depth: *growing is looping, untied*. A growth operator is a path that visits one block twice. The
+grown model has weights of its own for every visit. At that moment it computes exactly what the smaller one computes
+along the path: not what that computes without the loop, so that the loss jumps, and comes back within some hundred
+steps. Four layers in blocks of two, the copy between bars (with an odd number of blocks MIDAS and LIDAS agree):
 
     gradual stacking   the last block, on top                      0 1 2 3 | 2 3 |
     MIDAS              the middle block (arXiv 2409.19044)         0 1 | 0 1 | 2 3
     LIDAS              the middle layers (arXiv 2512.08819)        0 1 2 | 1 2 | 3
 
-With an odd number of blocks MIDAS and LIDAS agree. With an even one MIDAS takes the block before the middle, LIDAS the
-last half of it and the first half of the one after.
-
     python grow.py out/lidas/ckpt.pt --method lidas --block 2 --out deeper.pt
+    python train.py --init deeper.pt                                        # trains on
     python grow.py HuggingFaceTB/SmolLM2-135M --path 0-23,6-29 --out deeper --dtype bfloat16    # for Hugging Face
-
-Then `python train.py --init deeper.pt` trains on.
 """
 import argparse
 import copy
 import dataclasses
+from collections import Counter
 
 import torch
 import torch.nn as nn
@@ -28,7 +25,7 @@ from model import (check_outputs, estimate_loss, load_checkpoint, positive_int, 
                    save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# growth operators: (stored layers, layers per block) -> path of n_layer + block visits, one block twice
+# growth operators: (stored layers, layers per block) -> path of n_layer + block visits, `block` layers twice
 
 def check_blocks(n_layer, block):
     if block < 1 or n_layer < block or n_layer % block:
@@ -36,78 +33,62 @@ def check_blocks(n_layer, block):
 
 
 def stack(n_layer, block):
-    """Gradual stacking: the last block once more, on top. Raises ValueError unless block divides n_layer."""
+    """Gradual stacking: the last block once more, on top."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, n_layer - block, block, 1)
+    return loop_path(n_layer, n_layer - block, block, 1)            # one extra visit
 
 
 def midas(n_layer, block):
-    """MIDAS (arXiv 2409.19044): of n = n_layer / block blocks, block ceil(n/2), counted from 1, is copied directly
-    after itself. Raises ValueError unless block divides n_layer."""
+    """MIDAS (arXiv 2409.19044): of n = n_layer / block blocks, block ceil(n/2), directly after itself."""
     check_blocks(n_layer, block)
     middle = (n_layer // block + 1) // 2            # ceil(n/2), counted from 1
     return loop_path(n_layer, (middle - 1) * block, block, 1)
 
 
 def lidas(n_layer, block):
-    """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 are copied directly after themselves (rounded
-    down, for an odd block and an even number of blocks). Raises ValueError unless block divides n_layer."""
+    """LIDAS (arXiv 2512.08819): layers L/2 - B/2 ... L/2 + B/2 - 1 directly after themselves."""
     check_blocks(n_layer, block)
-    return loop_path(n_layer, (n_layer - block) // 2, block, 1)     # the block in the centre
+    return loop_path(n_layer, (n_layer - block) // 2, block, 1)     # rounded down
 
 
 METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 
 # -----------------------------------------------------------------------------
-# growing the weights, and the optimizer's state with them
+# growing the weights, and the optimizer's state with them; and when to grow
 
 def grow(model, path=None):
-    """An independent model with one layer per visit of the path (its own for None): layer v of it is a copy of
-    layer path[v], and no storage is shared.
-
-    At this moment grow(model, path)(tokens) == model(tokens, path=path), bit for bit (with dropout: in eval mode).
-    Give it the bare model, not DDP around it; compile and wrap what it returns (train.prepare). Raises ValueError for a
-    path that is empty or visits a layer that does not exist.
-    """
+    """An independent model with a layer for each visit of the path (its own for None), a copy of layer path[visit]: now
+    grow(model, path)(tokens) == model(tokens, path=path), bit for bit (with dropout: in eval mode). Give it the bare
+    model, not DDP around it; compile and wrap what it returns (train.prepare)."""
     path = model.config.resolve_path(path)
     grown = copy.deepcopy(model)        # with the embedding and a head that is tied to it
     grown.layers = nn.ModuleList(copy.deepcopy(model.layers[index]) for index in path)
-    grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)
+    grown.config = dataclasses.replace(model.config, n_layer=len(path), path=None)      # each layer once
     return grown
 
 
 def grow_optimizer(optimizer, new_optimizer, model, grown, path):
-    """Gives the grown model's optimizer the moments and step counts of the smaller model's, along the path of grow.
-
-    optimizer: of `model`; new_optimizer: a fresh one over the parameters of `grown`, in any groups. Each may be a list
-    (train.py has Muon beside AdamW), if a parameter and its copies are of one kind. The papers do not say what happens
-    to the moments. Here they follow the path as the weights do, so that the first step after growth is scaled as those
-    before it. Learning rates and schedulers are not copied: set the rate in every step. -> new_optimizer. Raises
-    ValueError unless each holds exactly its model's parameters. Another model needs a parameter_sources of its own.
-    """
+    """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`, along grow's path.
+    Each may be a list (Muon beside AdamW). Learning rates and schedulers are not copied: set the rate in every step."""
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
     # 1. the classic bug of growing: new layers that no optimizer holds are never trained
     for optimizers, owner in ((old, model), (new, grown)):
-        held = [p for part in optimizers for group in part.param_groups for p in group["params"]]
-        distinct, owned = set(held), dict(owner.named_parameters())
-        missing = [name for name, p in owned.items() if p not in distinct]
-        if missing or len(held) != len(owned):
-            raise ValueError("the optimizer does not hold exactly the model's parameters: "
-                             + (f"{missing[0]} is missing" if missing else "there are others, or one is there twice"))
+        held = Counter(p for part in optimizers for group in part.param_groups for p in group["params"])
+        if held != Counter(owner.parameters()):             # each of them once, and no others
+            missing = [name for name, p in owner.named_parameters() if p not in held]
+            raise ValueError(f"the optimizer does not hold exactly the model's parameters; missing: {missing[:1]}")
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
     assert sources.keys() == targets.keys(), "parameter_sources does not name the grown model's parameters"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
     state = {p: moments for part in old for p, moments in part.state.items()}
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
-    # 3. they follow the path; before the first step there are none
-    for name, source in sources.items():
-        if source in state:
-            target = targets[name]
-            holder[target].state[target] = copy.deepcopy(state[source])     # each visit has moments of its own
+    # 3. The papers do not say what happens to moments. Here they follow the path as the weights do, so that the first
+    # step after growth is scaled as those before it. Before the first step of all there are none.
+    for name, target in targets.items():
+        if sources[name] in state:
+            holder[target].state[target] = copy.deepcopy(state[sources[name]])      # each visit has its own
     return new_optimizer
 
-# -----------------------------------------------------------------------------
-# when to grow
 
 def growth_steps(total, stages, alpha=0.0):
     """PROP-alpha (arXiv 2409.19044): the steps that each stage gets, T_i = total * i^alpha / sum_j j^alpha; alpha 0
@@ -125,12 +106,11 @@ def growth_steps(total, stages, alpha=0.0):
 
 
 def depth_schedule(total, depth, block, alpha=0.0):
-    """When to grow from one block to `depth` layers; total: the steps before the cooldown -> [(first step, depth), ...]
-    of each stage: depth_schedule(3200, 8, 2) -> [(0, 2), (800, 4), (1600, 6), (2400, 8)], where the model grows after
-    the update of step 799."""
+    """Growth from one block to `depth` layers; total: the steps before the cooldown -> [(first step, depth), ...] of
+    each stage: depth_schedule(3200, 8, 2) -> [(0, 2), (800, 4), (1600, 6), (2400, 8)]"""
     check_blocks(depth, block)
     steps = growth_steps(total, depth // block, alpha)
-    return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]
+    return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]      # a block more in each
 
 # -----------------------------------------------------------------------------
 
@@ -140,34 +120,29 @@ def main():
     parser.add_argument("--method", choices=METHODS, help="growth operator (default: lidas, without --loop or --path)")
     parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
     add_path_options(parser)
-    parser.add_argument("--out", required=True, help="NAME.pt, or else a Hugging Face directory")
+    parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
     args, given = read_options(parser, excludes={"loop": ("path", "method", "block"), "path": ("method", "block")})
     check_outputs(args.out)
     if args.out.endswith(".pt") and "dtype" in given:
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
-
     model, checkpoint = load_checkpoint(args.model)
-    block = args.block or checkpoint.get("args", {}).get("block") or 2
+    # the path: given, or a looped model's own, or that of a growth operator
     path = path_of(args, model.config)
-    if path is None and not given & {"method", "block"}:
-        path = model.config.path                    # a looped model is untied along its own path
+    if not given & {"method", "block"}:
+        path = path or model.config.path        # None, if it has none
     if path is None:
+        block = args.block or checkpoint["args"].get("block", 2)
         path = METHODS[args.method or "lidas"](model.config.n_layer, block)
-    print(f"{model.config.n_layer} -> {len(path)} layers, path {' '.join(map(str, path))}")
+    # at this moment growing does what looping does, so that the loss after it is known before it
     for name, rows in checkpoint["heldout"].items():
         print(f"held-out {name} loss: {estimate_loss(model, rows):.4f} before, "
               f"{estimate_loss(model, rows, path):.4f} after")
     if args.out.endswith(".pt"):
-        kept = {key: checkpoint[key] for key in ("tokenizer", "heldout", "args") if key in checkpoint}
-        save_checkpoint(args.out, grow(model, path), **kept)
+        save_checkpoint(args.out, grow(model, path), checkpoint["tokenizer"], checkpoint["heldout"], checkpoint["args"])
     else:
-        tokenizer = checkpoint["tokenizer"]
-        files = tokenizer["files"] if isinstance(tokenizer, dict) and "files" in tokenizer else {}
-        model.save_pretrained(args.out, path, getattr(torch, args.dtype), files)
-        if model.config.eot is not None:
-            print("Llama has no mask between documents: give it one document at a time")
-    print(f"saved {args.out}")
+        model.save_pretrained(args.out, path, getattr(torch, args.dtype))
+    print(f"saved {args.out}: {model.config.n_layer} -> {len(path)} layers, path {' '.join(map(str, path))}")
 
 
 if __name__ == "__main__":

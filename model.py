@@ -8,25 +8,15 @@ A GPT that runs along a *path*: the list of layer indices in the order they are 
 
 The architecture is Llama's, as in SmolLM, the backbone of the paper's experiments: pre-norm RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropout.
-
-    from model import GPT, GPTConfig
-    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, d_ff=176, context=256))
-    logits, loss = model(tokens, targets)                                  # the plain model
-    logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # block 2-3 looped
-
-After the model: its scoring, Hugging Face's names, tokenizers, checkpoints, and what every script does at its start.
 """
 import argparse
+import collections
 import dataclasses
-import io
 import os
 import pathlib
 import re
-import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -35,7 +25,7 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # the model
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     vocab_size: int = 50304
     n_layer: int = 12               # stored layers; the depth is the length of the path
@@ -51,25 +41,17 @@ class GPTConfig:
     path: list | None = None        # order of visits; None is every layer once
     init_depth: int | None = None   # depth the init is scaled for: the final one, for a model that will grow
     rope_freqs: list | None = None  # rotary frequencies, where they are not those of rope_theta
-    hf_extra: dict | None = None    # what save_pretrained gives back to Hugging Face: scaled rope, special ids
+    hf_config: dict | None = None   # of a model of Hugging Face, for the way back: its config, and
+    hf_files: dict | None = None    # {name: bytes} of its tokenizer, chat template and generation config
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "d_ff", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.n_embd % self.n_head or self.head_dim % 2:
-            raise ValueError(f"n_embd {self.n_embd} must give each of {self.n_head} heads an even width")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        self.path = None if self.path is None else self.resolve_path(self.path)     # refuses layers that do not exist
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+        if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} heads of an even width each do not fit n_embd {self.n_embd} or n_kv_head")
+        self.head_dim = self.n_embd // self.n_head
+        self.path = None if self.path is None else self.resolve_path()      # refuses layers that do not exist
 
     def resolve_path(self, path=None):
-        """The given path, else the configured one, else every layer once -> list of ints. Raises ValueError
-        when it is empty or names a layer that does not exist."""
+        """The given path, else the configured one, else every layer once -> list of ints"""
         path = self.path if path is None else path
         path = [int(index) for index in (range(self.n_layer) if path is None else path)]
         if not path or not 0 <= min(path) <= max(path) < self.n_layer:
@@ -84,11 +66,8 @@ def apply_rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of T new positions, which follow the `seen` ones in the cache.
-
-    x (B, T, n_embd); rope_and_mask as GPT.rope_and_mask returns it. kv_cache: this *visit's* keys and values, a view
-    (2, B, n_kv_head, seen + T, head_dim) whose last T positions are written here.
-    """
+    """Causal self-attention of T new positions, x (B, T, n_embd), which follow the `seen` ones in the cache. kv_cache:
+    this *visit's* keys and values, a view (2, B, n_kv_head, seen + T, head_dim) whose last T positions are written."""
 
     def __init__(self, config):
         super().__init__()
@@ -101,7 +80,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope_and_mask, kv_cache=None):
         B, T, C = x.shape
-        cos, sin, mask = rope_and_mask
+        cos, sin, mask = rope_and_mask          # of the T new positions
         # each (B, heads, T, head_dim)
         q, k, v = (part(x).view(B, T, -1, self.head_dim).transpose(1, 2) for part in (self.q, self.k, self.v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -111,11 +90,11 @@ class Attention(nn.Module):
             k, v = kv_cache                                                 # (B, n_kv_head, seen + T, head_dim)
         if self.n_head != self.n_kv_head:       # by hand: with a mask, enable_gqa is slow on GPUs
             groups = self.n_head // self.n_kv_head
-            k = k.repeat_interleave(groups, dim=1)                          # (B, n_head, seen + T, head_dim)
-            v = v.repeat_interleave(groups, dim=1)
+            # each (B, n_head, seen + T, head_dim)
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         # one new token sees every key: with is_causal it would see the first one only
         is_causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, n_head, T, head_dim)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))                # (B, T, n_embd)
 
 
@@ -143,21 +122,10 @@ class Layer(nn.Module):
 
     def forward(self, x, rope_and_mask, kv_cache=None):
         x = x + self.attn(self.norm1(x), rope_and_mask, kv_cache)       # (B, T, n_embd)
-        return x + self.mlp(self.norm2(x))
-
-
-class Loss(nn.Module):
-    """Mean cross-entropy in nats, in float32; a target of -1 is ignored. A module, so that it can be compiled
-    as a layer is: the logits of a large vocabulary are the largest tensor there is."""
-
-    def forward(self, logits, targets):
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return x + self.mlp(self.norm2(x))                              # (B, T, n_embd)
 
 
 class GPT(nn.Module):
-    """Embedding, layers, norm and head. A copy of it needs GPTConfig, apply_rope, Attention, MLP, Layer and Loss;
-    what growing and looping need in another model is in README, "Copy it into your own project"."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -165,7 +133,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.loss = Loss()
+        self.loss = nn.CrossEntropyLoss(ignore_index=-1)    # a module, so that it can be compiled as a layer is
         if config.tied:
             self.head.weight = self.embed.weight    # one matrix for both, as in SmolLM
         self.init_weights()
@@ -190,25 +158,21 @@ class GPT(nn.Module):
         self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
 
     def rope_and_mask(self, tokens, seen=0):
-        """Rotary tables and mask for the positions after the first `seen`.
-
-        tokens (B, T) -> cos, sin (T - seen, head_dim / 2), and a mask (B or 1, 1, T - seen, T) of the positions
-        that can be attended to, or None where plain causal attention is enough.
-        """
-        T, mask = tokens.shape[1], None
+        """tokens (B, T) -> of the positions after the first `seen`: rotary cos and sin (T - seen, head_dim / 2), and a
+        mask (B or 1, 1, T - seen, T) of what they can attend to, or None where causal attention needs none."""
+        T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         # Without documents, a mask is needed only for several new tokens after a cache: a single one sees everything,
         # and a text from its beginning takes the fast causal kernel.
+        mask = None
         if self.config.eot is not None or 0 < seen < T - 1:
             # row i is position seen + i, which sees the positions 0 to seen + i
-            mask = torch.ones(1, T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)
+            mask = torch.ones(1, 1, T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)
         if self.config.eot is not None:
             # number the documents of each row: a position looks at its own one only
-            document = (tokens == self.config.eot).cumsum(1)                                # (B, T)
-            mask = mask & (document[:, seen:, None] == document[:, None, :])                # (B, T - seen, T)
-        if mask is not None:
-            mask = mask[:, None]                # one for all heads: (B or 1, 1, T - seen, T)
+            document = (tokens == self.config.eot).cumsum(1)[:, None]                       # (B, 1, T)
+            mask = mask & (document[:, :, seen:, None] == document[:, :, None, :])          # (B, 1, T - seen, T)
         return self.cos[seen:T], self.sin[seen:T], mask
 
     def new_cache(self, path, batch, length):
@@ -218,137 +182,125 @@ class GPT(nn.Module):
                                            self.config.n_kv_head, length, self.config.head_dim)
 
     def hidden(self, tokens, path=None, cache=None, seen=0):
-        """The residual stream (B, T, n_embd) after the last norm; self.head turns it into logits.
-
-        cache: made by new_cache. tokens (B, T) is the whole sequence; only positions from `seen` on are computed
-        and returned, since the cache holds the earlier ones.
-        """
+        """The residual stream (B, T - seen, n_embd) after the last norm; self.head makes logits of it. tokens (B, T):
+        the whole sequence; what comes before `seen` is in the cache, which new_cache makes."""
         rope_and_mask = self.rope_and_mask(tokens, seen)
         x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
         for visit, index in enumerate(self.config.resolve_path(path)):
             kv_cache = None if cache is None else cache[visit, :, :, :, :tokens.shape[1]]
-            x = self.layers[index](x, rope_and_mask, kv_cache)
+            x = self.layers[index](x, rope_and_mask, kv_cache)      # the path: any layer, any number of times
         return self.norm(x)
 
     def forward(self, tokens, targets=None, path=None):
-        """tokens (B, T) int64 -> logits, loss.
-
-        With targets (B, T; -1 is ignored): logits (B, T, vocab_size) and their mean cross-entropy in nats.
-        Without: logits of the last position only, (B, 1, vocab_size), and None. path: layer indices in the
-        order of the visits, in place of the configured one. Raises ValueError for an empty path, a layer that
-        does not exist, or more tokens than the context.
-        """
+        """tokens (B, T) int64 -> logits (B, T, vocab_size), and their mean cross-entropy with targets (B, T; -1 is
+        ignored). Without targets: logits of the last position only, (B, 1, vocab_size), and None."""
         x = self.hidden(tokens, path)                   # (B, T, n_embd)
         if targets is None:
-            return self.head(x[:, -1:]), None
-        # training needs the logits of all positions
+            return self.head(x[:, -1:]), None           # (B, 1, vocab_size)
         logits = self.head(x)                           # (B, T, vocab_size)
-        return logits, self.loss(logits, targets)
+        return logits, self.loss(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None,
-                 use_cache=True):
-        """Continues tokens (B, T) by up to max_new_tokens and returns all of them.
-
-        temperature 0 is greedy. stop: a row that has this token is filled with it, and the call ends once
-        every row has it. Once the text is longer than the context, each step reruns the last `context` tokens,
-        because every token's position has moved.
-        """
+    def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None, use_cache=True):
+        """Continues tokens (B, T) by max_new_tokens, or until each row has the token `stop`, which then fills it.
+        -> all tokens. temperature 0 is greedy."""
         B, T = tokens.shape
         cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
-        cached, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
+        seen, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             if tokens.shape[1] > self.config.context:
-                cache = None                    # the window moves: every stored key has the wrong position
+                cache, seen = None, 0       # the window moves, and with it the position of every stored key
             # 1. logits of the last position
-            window = tokens[:, -self.config.context:]
-            hidden = self.hidden(window, path, cache, seen=0 if cache is None else cached)
-            logits = self.head(hidden[:, -1]).float()                                   # (B, vocab_size)
-            cached = tokens.shape[1]
+            x = self.hidden(tokens[:, -self.config.context:], path, cache, seen)    # (B, T - seen, n_embd)
+            logits = self.head(x[:, -1]).float()                                    # (B, vocab_size)
+            seen = 0 if cache is None else tokens.shape[1]
             # 2. the next token
             if top_k is not None:
-                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]    # the k-th largest (B, 1)
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]        # (B, 1), the k-th largest
                 logits = logits.masked_fill(logits < least, -torch.inf)
             if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)                                   # (B, 1)
+                new = logits.argmax(-1, keepdim=True)                               # (B, 1)
             else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1)          # (B, 1)
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)      # (B, 1)
             # 3. finished rows stay finished
             if stop is not None:
                 new = new.masked_fill(done, stop)
-                done = done | (new == stop)
-            tokens = torch.cat((tokens, new), dim=1)
+                done = done | (new == stop)                                         # (B, 1)
+            tokens = torch.cat((tokens, new), dim=1)                                # (B, T + tokens so far)
             if stop is not None and done.all():
                 break
         return tokens
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """A Llama of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3), by hub name or directory, in float32.
-        Raises ValueError naming what this architecture does not have."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-        check_llama(AutoConfig.from_pretrained(name_or_dir))        # before the weights are fetched
+        """A Llama of Hugging Face (SmolLM, TinyLlama, Llama 2 and 3), by hub name or directory, in float32."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        # 1. what our layer does not have is refused by name, before the weights are fetched
+        config = AutoConfig.from_pretrained(name_or_dir)
+        for name, value in SUPPORTED.items():
+            if (given := getattr(config, name, value)) != value:
+                raise ValueError(f"{name} {given!r} is not supported, only {value!r}")
+        if config.head_dim * config.num_attention_heads != config.hidden_size:
+            raise ValueError(f"head_dim {config.head_dim} is not supported, only hidden_size / num_attention_heads")
+        if (rope := config.rope_parameters["rope_type"]) not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope_type {rope!r} is not supported: its frequencies or scores change")
+        # 2. their model; weights that are missing would stay random
         hf, info = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=torch.float32, output_loading_info=True)
-        if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):     # missing ones would stay random
+        if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
             raise ValueError(f"{name_or_dir} lacks weights, or has weights that its config does not: {wrong[0]}")
-        settings = {ours: getattr(hf.config, theirs) for ours, theirs in SETTINGS.items()}
-        extra = {name: getattr(hf.config, name) for name in EXTRA}
-        # inv_freq is what the model computes with: rope_theta alone does not tell a scaled rope
-        model = cls(GPTConfig(**settings, rope_freqs=hf.model.rotary_emb.inv_freq.tolist(), hf_extra=extra))
-        theirs = hf.state_dict()
-        model.load_state_dict({name: theirs.pop(llama_name(name)) for name in model.state_dict()})
-        assert not theirs, "weights that have no place here: another architecture"
+        # 3. what goes with it; a directory may have no tokenizer: losses can be measured, text needs one
+        files = {"generation_config.json": hf.generation_config.to_json_string().encode()}
+        if not os.path.isdir(name_or_dir) or any(pathlib.Path(name_or_dir).glob("tokenizer*")):
+            with tempfile.TemporaryDirectory() as folder:
+                AutoTokenizer.from_pretrained(name_or_dir).save_pretrained(folder)
+                files |= {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
+        # 4. ours; inv_freq is what theirs computes with, which rope_theta alone does not tell of a scaled rope
+        settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
+        settings["rope_freqs"] = hf.model.rotary_emb.inv_freq.tolist()
+        model = cls(GPTConfig(**settings, hf_config=config.to_dict(), hf_files=files))
+        names = {llama_name(name): name for name in model.state_dict()}
+        model.load_state_dict({names[name]: weight for name, weight in hf.state_dict().items()})
         return model
 
-    def save_pretrained(self, folder, path=None, dtype=torch.float32, files={}):
-        """Writes the model along a path, every visit untied, as a Hugging Face Llama directory, which transformers,
-        vLLM and llama.cpp open. files: {name: bytes} beside it, as those of a tokenizer. Raises ValueError where the
-        directory exists."""
+    def save_pretrained(self, folder, path=None, dtype=torch.float32):
+        """Writes the model along a path, every visit untied, as a Llama directory of Hugging Face, with the tokenizer,
+        chat template and generation config that came from there. Llama has no mask between documents."""
         from transformers import LlamaConfig, LlamaForCausalLM
         check_outputs(folder)
         path = self.config.resolve_path(path)
-        settings = {theirs: getattr(self.config, ours) for ours, theirs in SETTINGS.items()}
-        extra = self.config.hf_extra or {       # of a model of our own
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.config.rope_theta},
-            "bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
-        hf = LlamaForCausalLM(LlamaConfig(**settings | extra | {"num_hidden_layers": len(path)}))
+        special = {"bos_token_id": self.config.eot, "eos_token_id": self.config.eot}
+        rope = {"rope_type": "default", "rope_theta": self.config.rope_theta}
+        config = dict(self.config.hf_config or {"rope_parameters": rope, **special})
+        config |= {theirs: getattr(self.config, ours) for ours, theirs in SETTINGS.items()}
+        hf = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": len(path)}))
         state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
-        part = f"{os.path.normpath(folder)}.{os.getpid()}.part"     # takes its name when whole
-        try:
-            hf.to(dtype).save_pretrained(part)
-            for name, content in files.items():
-                pathlib.Path(part, name).write_bytes(content)
-            os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        hf.to(dtype).save_pretrained(folder)
+        for name, content in (self.config.hf_files or {}).items():
+            pathlib.Path(folder, name).write_bytes(content)
 
     def parameter_sources(self, path):
         """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
         sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
         for visit, index in enumerate(path):
             for name, p in self.layers[index].named_parameters():
-                sources[f"layers.{visit}.{name}"] = p
+                sources[f"layers.{visit}.{name}"] = p       # layer path[visit] has become layer `visit`
         return sources
 
 # -----------------------------------------------------------------------------
 # scoring
 
 def score_targets(model, hidden, targets):
-    """hidden (B, T, n_embd) as of model.hidden, targets (B, T; -1 is not scored, each row has one or more that are)
-    -> for each row the mean loss of its scored tokens in nats, and whether its answer is right, (B,) each.
-
-    It is right when each of its tokens is the likeliest after the true ones before it: then greedy decoding would give
-    it, and one forward pass tells.
-    """
-    scored = targets >= 0
+    """hidden (B, T, n_embd) of model.hidden, targets (B, T; -1 is not scored) -> of each row the mean loss in nats, and
+    whether its answer is right, (B,) each: whether each of its tokens is the likeliest after the true ones before it.
+    Then greedy decoding would give it, and one forward pass tells."""
+    scored = targets >= 0                                                       # (B, T)
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
-    losses = F.cross_entropy(logits, targets[scored], reduction="none")         # (scored tokens,)
-    wrong = (logits.argmax(-1) != targets[scored]).float()                      # (scored tokens,)
-    # sums by row
-    row, zeros = scored.nonzero()[:, 0], torch.zeros(len(targets), device=targets.device)
-    return zeros.index_add(0, row, losses) / scored.sum(1), zeros.index_add(0, row, wrong) == 0
+    loss, wrong = torch.zeros(2, *targets.shape, device=targets.device)         # (B, T) each
+    loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")   # 0 elsewhere
+    wrong[scored] = (logits.argmax(-1) != targets[scored]).float()
+    return loss.sum(1) / scored.sum(1), wrong.sum(1) == 0
 
 
 @torch.no_grad()
@@ -356,18 +308,17 @@ def score_rows(model, tokens, targets, path=None, batch=16):
     """score_targets of tokens, targets (n, T), some rows at a time -> losses, right, (n,) each"""
     device, scores = model.embed.weight.device, []
     for part, target in zip(tokens.split(batch), targets.split(batch)):
-        hidden = model.hidden(part.to(device), path)                            # (batch, T, n_embd)
-        scores.append(score_targets(model, hidden, target.to(device)))
-    return [torch.cat(column).cpu() for column in zip(*scores)]
+        hidden = model.hidden(part.to(device).long(), path)                     # (batch, T, n_embd)
+        scores.append(score_targets(model, hidden, target.to(device).long()))
+    return [torch.cat(column).cpu() for column in zip(*scores)]                 # (n,) each
 
 
 def estimate_loss(model, rows, path=None):
     """Mean cross-entropy (nats per token) on rows (n, T + 1) of token ids."""
-    rows = rows.long()
     return score_rows(model, rows[:, :-1], rows[:, 1:], path)[0].mean().item()
 
 # -----------------------------------------------------------------------------
-# Hugging Face's names of the same architecture
+# opening and saving: Hugging Face's names, tokenizers, checkpoints, and what every script does at its start
 
 LLAMA = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
          "norm1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
@@ -376,7 +327,11 @@ LLAMA = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
 SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
             "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "d_ff": "intermediate_size",
             "context": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"}
-EXTRA = ("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id")     # kept for the way back
+SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+             "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
+
+# encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document
+Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab")
 
 
 def llama_name(name):
@@ -385,103 +340,51 @@ def llama_name(name):
     return f"{'model.' + layer if layer else ''}{LLAMA[part]}.weight"
 
 
-def check_llama(hf):
-    """Raises ValueError naming a setting of a Hugging Face config that our layer does not have."""
-    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
-    for name, value in only.items():
-        if (given := getattr(hf, name, value)) != value:    # what a config does not name has the default
-            raise ValueError(f"{name} {given!r} is not supported, only {value!r}")
-    if hf.head_dim * hf.num_attention_heads != hf.hidden_size:
-        raise ValueError(f"head_dim {hf.head_dim} is not supported, only hidden_size / num_attention_heads")
-    if (rope := hf.rope_parameters["rope_type"]) not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type {rope!r} is not supported: its frequencies or scores change")
-
-# -----------------------------------------------------------------------------
-# opening and saving: tokenizers, checkpoints, and what every script does at its start
-
-@dataclass(frozen=True)
-class Tokenizer:
-    encode: Callable        # text -> list of token ids; names of special tokens mean those tokens
-    decode: Callable        # list of token ids -> text
-    eot: int                # the token that begins a document
-    n_vocab: int
-
-
 def get_tokenizer(spec):
-    """Builds the Tokenizer that a checkpoint's spec describes.
-
-    spec: a name that tiktoken knows; {"words": list, "pattern": str} of evaluate.py's world; or
-    {"files": {name: bytes}} of a Hugging Face tokenizer. Raises ValueError where it cannot be loaded.
-    """
+    """spec: a name that tiktoken knows; {"words": list, "pattern": str} of evaluate.py's world; or {"files": {name:
+    bytes}} of a Hugging Face tokenizer -> Tokenizer. Raises ValueError where it cannot be loaded."""
     if spec is None:
         raise ValueError("this model came without a tokenizer: train.py takes one by --encoding")
-    if not isinstance(spec, str):
-        return hf_tokenizer(spec["files"]) if "files" in spec else word_tokenizer(**spec)
-    import tiktoken
-    try:
-        encoding = tiktoken.get_encoding(spec)
-    except OSError as error:
-        raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR to "
-                         f"a folder that holds it, named by its hash ({error})")
-    return Tokenizer(lambda text: encoding.encode(text, allowed_special="all"), encoding.decode,
-                     encoding.eot_token, encoding.n_vocab)
-
-
-def word_tokenizer(words, pattern):
-    """One token a word, whatever space stands around it; the first of the words begins a document."""
-    # no merges: text is cut by the pattern, and each piece is a word of the list
+    if isinstance(spec, str):
+        import tiktoken
+        try:
+            bpe = tiktoken.get_encoding(spec)
+        except OSError as error:
+            raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR "
+                             f"to a folder that holds it, named by its hash ({error})")
+        return Tokenizer(lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.eot_token, bpe.n_vocab)
+    if "files" in spec:
+        from transformers import AutoTokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in spec["files"].items():
+                pathlib.Path(folder, name).write_bytes(content)
+            hf = AutoTokenizer.from_pretrained(folder)
+        # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
+        # else end-of-text; the eos of a chat model ends a turn, not a document.
+        added = hf.encode("")
+        eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", hf.eos_token_id)
+        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False), hf.decode, eot, len(hf))
+    # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
+    words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}
 
     def encode(text):
-        pieces = re.findall(pattern, text)
-        if unknown := [piece for piece in pieces if piece not in ids]:
-            raise ValueError(f"{unknown[0]!r} is not a word of the built-in world")
-        return [ids[piece] for piece in pieces]
+        try:
+            return [ids[piece] for piece in re.findall(spec["pattern"], text)]
+        except KeyError as piece:
+            raise ValueError(f"{piece} is not a word of the built-in world")
     return Tokenizer(encode, lambda tokens: " ".join(words[i] for i in tokens).replace(" \n ", "\n"), 0, len(words))
 
 
-def hf_tokenizer(files):
-    """{name: bytes} of hf_files -> Tokenizer."""
-    from transformers import AutoTokenizer
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            pathlib.Path(folder, name).write_bytes(content)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
-    # else end-of-text; the eos of a chat model ends a turn, not a document.
-    first = tokenizer("a")["input_ids"][0]
-    eot = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    eot = first if first in tokenizer.all_special_ids else eot
-    if eot is None:
-        raise ValueError("its tokenizer has no token that begins or ends a document")
-    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.decode, eot,
-                     len(tokenizer))
-
-
-def hf_files(name_or_dir):
-    """The tokenizer, chat template and generation config of a Hugging Face model, or none -> {name: bytes}"""
-    from transformers import AutoTokenizer, GenerationConfig
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in (AutoTokenizer, GenerationConfig):
-            try:
-                kind.from_pretrained(name_or_dir).save_pretrained(folder)
-            except (OSError, ValueError):
-                if kind is AutoTokenizer and any(pathlib.Path(name_or_dir).glob("tokenizer*")):
-                    raise       # else it has none: losses can be measured, text needs one
-        return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
-
-
 def complete(model, tokenizer, text, length, path=None, temperature=0.0):
-    """What the model writes after a text that begins a document: up to `length` tokens -> text, which ends
-    where the document does. Raises ValueError when the text fills the context."""
-    # every document of training text begins with eot
-    tokens = [tokenizer.eot] + tokenizer.encode(text)
+    """The beginning of a document -> what the model writes after it: up to `length` tokens, or the document's end."""
+    tokens = [tokenizer.eot] + tokenizer.encode(text)       # as every document of training text begins
     if len(tokens) > model.config.context:
         raise ValueError(f"the prompt has {len(tokens)} tokens, the context {model.config.context}")
-    new = model.generate(torch.tensor([tokens], device=model.embed.weight.device), length, path, temperature,
-                         stop=tokenizer.eot)[0, len(tokens):].tolist()
-    new = new[:new.index(tokenizer.eot)] if tokenizer.eot in new else new   # the next document is not the answer
+    batch = torch.tensor([tokens], device=model.embed.weight.device)        # (1, T)
+    new = model.generate(batch, length, path, temperature, stop=tokenizer.eot)[0, len(tokens):].tolist()
+    if tokenizer.eot in new:
+        new = new[:new.index(tokenizer.eot)]                # the next document is not the answer
     return tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
 
 
@@ -499,26 +402,25 @@ def save_atomically(file, write):
         pathlib.Path(part).unlink(missing_ok=True)
 
 
-def save_checkpoint(file, model, **more):
-    """Writes a dict of config, model (weights), tokenizer (a spec of get_tokenizer), heldout ({name: rows}), and what
-    train.py needs to go on. Only tensors, numbers, texts, lists and dicts: reading it runs no code."""
-    buffer = io.BytesIO()       # serialised in memory first, so that a full disk is a plain OSError
-    torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict(), **more}, buffer)
-    save_atomically(file, lambda f: f.write(buffer.getbuffer()))
+def save_checkpoint(file, model, tokenizer=None, heldout={}, args={}, **more):
+    """tokenizer: a spec of get_tokenizer; heldout: {name: rows}; args, more: what train.py needs to go on. All are
+    tensors, numbers, texts, bytes, lists and dicts: reading them runs no code."""
+    state = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer}
+    save_atomically(file, lambda f: torch.save({**state, "heldout": heldout, "args": args, **more}, f))
 
 
 def load_checkpoint(name, device="cpu"):
-    """A checkpoint file (.pt) of train.py or grow.py, or a Hugging Face name or directory -> model, checkpoint.
-    Raises ValueError, with the reason, for what is neither."""
+    """A file of save_checkpoint (.pt), or a Hugging Face name or directory -> model, checkpoint (a dict)"""
     try:
         if name.endswith(".pt"):
-            checkpoint = {"tokenizer": None, "heldout": {}, **torch.load(name, map_location="cpu", weights_only=True)}
+            checkpoint = torch.load(name, map_location="cpu", weights_only=True)    # runs no code
             model = GPT(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         else:
-            model, files = GPT.from_pretrained(name), hf_files(name)
+            model = GPT.from_pretrained(name)
+            files = model.config.hf_files
             spec = {"files": files} if "tokenizer_config.json" in files else None
-            checkpoint = {"tokenizer": spec, "heldout": {}}
+            checkpoint = {"tokenizer": spec, "heldout": {}, "args": {}}
             if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
                 raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
     except ModuleNotFoundError:     # transformers: run_script says what to install
@@ -530,31 +432,25 @@ def load_checkpoint(name, device="cpu"):
 
 
 def check_outputs(new=None, rows=None, plot=None):
-    """Checked before any work: nothing is overwritten, rows are appended to a .jsonl file, and a figure can be drawn.
-    Raises ValueError."""
+    """Before any work: nothing will be overwritten, rows are appended to a .jsonl file, a figure can be drawn."""
     if plot:
         import matplotlib.figure    # noqa: F401: fails here, not after the work
-        if not plot.endswith((".png", ".pdf", ".svg")):
-            raise ValueError(f"{plot}: a figure is a .png, .pdf or .svg")
     for file in (new, plot):
         if file and os.path.exists(file):
             raise ValueError(f"{file} exists: choose another name, or remove it")
-    if rows and not rows.endswith(".jsonl"):
-        raise ValueError(f"{rows}: rows go to a .jsonl file")
-    for file in (rows, plot):
+    for file, endings in ((rows, (".jsonl",)), (plot, (".png", ".pdf", ".svg"))):
+        if file and not file.endswith(endings):
+            raise ValueError(f"{file} must end in {' or '.join(endings)}")
         if file and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
             raise ValueError(f"there is no folder for {file}")
 
 
 def pick_device(text="auto"):
     """auto, cuda, cuda:1, mps or cpu -> the device's name; auto takes the best one here."""
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways to say that there is none
-        raise ValueError(f"there is no device {text!r} here: cuda, mps or cpu")
-    return text
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if text.split(":")[0] not in ("auto", "cpu", best):
+        raise ValueError(f"there is no device {text!r} here: {best}, or cpu")
+    return best if text == "auto" else text
 
 
 def between(low, high, kind=float):
@@ -576,24 +472,19 @@ def read_options(parser, excludes={}, requires={}):
     args, unset = parser.parse_args(), []
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
-    wrong = [(other, f"does not go with --{name}") for name in given & excludes.keys() for other in excludes[name]]
-    wrong += [(other, f"goes only with --{name}") for name in requires.keys() - given for other in requires[name]]
-    for other, why in wrong:
-        if other in given:
-            raise ValueError(f"{'-' if len(other) == 1 else '--'}{other} {why}".replace("_", "-"))
+    wrong = {other: f"does not go with --{name}" for name in given & excludes.keys() for other in excludes[name]}
+    wrong |= {other: f"goes only with --{name}" for name in requires.keys() - given for other in requires[name]}
+    if ignored := sorted(given & wrong.keys()):
+        dashes = "-" if len(ignored[0]) == 1 else "--"
+        raise ValueError(f"{dashes}{ignored[0]} {wrong[ignored[0]]}".replace("_", "-"))
     return args, given
 
 
 def run_script(main):
-    """Runs a command. Bad input, a disk that refuses or a package that is missing ends in one line and exit code 2;
-    other errors keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")        # a model can write what the terminal cannot show
+    """Runs a command. Bad input or a missing package ends in one line and exit code 2, all else in a traceback."""
     try:
         main()
     except (ValueError, OSError, re.error, ModuleNotFoundError) as error:
         hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)                               # as shells do

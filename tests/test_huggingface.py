@@ -8,7 +8,7 @@ import torch
 from conftest import optional, refused, same, some_tokens, tiny_model, works, written
 
 from loop import loop_path
-from model import GPT, get_tokenizer, hf_files, load_checkpoint
+from model import GPT, get_tokenizer, load_checkpoint
 
 transformers = optional("transformers")
 tokenizers = optional("tokenizers")
@@ -88,10 +88,9 @@ def test_our_own_models_are_exported_in_float32_and_bfloat16(tmp_path, tied):
     tokens[tokens == 5] = 6
     for dtype in (torch.float32, torch.bfloat16):
         out = tmp_path / str(dtype)
-        model.save_pretrained(out, dtype=dtype, files={"note.txt": b"beside it"})
+        model.save_pretrained(out, dtype=dtype)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-        assert theirs.dtype == dtype and (out / "note.txt").read_bytes() == b"beside it"
-        assert theirs.config.eos_token_id == 5
+        assert theirs.dtype == dtype and theirs.config.eos_token_id == 5
         again = GPT.from_pretrained(out)
         rounded = {name: w.to(dtype).float() for name, w in model.state_dict().items()}
         assert same(again.state_dict(), rounded)
@@ -145,7 +144,7 @@ def test_special_tokens_mean_those_tokens(tmp_path):
     for kind, eot in (("smol", 0), ("llama3", 0)):
         theirs = tokenizer_like(kind)
         theirs.save_pretrained(tmp_path / kind)
-        ours = get_tokenizer({"files": hf_files(str(tmp_path / kind))})
+        ours = get_tokenizer({"files": {file.name: file.read_bytes() for file in (tmp_path / kind).iterdir()}})
         for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")

