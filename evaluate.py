@@ -677,7 +677,7 @@ def plot_lines(file, rows, xlabel, ylabels):
 def label_of(name, checkpoint):
     """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
     lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
-    seed = checkpoint.get("args", {}).get("seed", 0)
+    seed = checkpoint["args"].get("seed", 0)
     folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
     folder = re.sub(rf"-s?{seed}$", "", folder)
     return folder if folder and file == "ckpt.pt" else os.path.join(folder, file), seed

@@ -8,6 +8,10 @@ A GPT that runs along a *path*: the list of layer indices in the order they are 
 
 The architecture is Llama's, as in SmolLM, the backbone of the paper's experiments: pre-norm RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropout.
+
+    model = GPT(GPTConfig(vocab_size=1024, n_layer=6, n_head=2, n_kv_head=2, n_embd=64, d_ff=176, context=256))
+    logits, loss = model(tokens, targets)                                  # the plain model
+    logits, loss = model(tokens, targets, path=[0, 1, 2, 3, 2, 3, 4, 5])   # block 2-3 looped
 """
 import argparse
 import collections

@@ -257,7 +257,7 @@ def measure(args, model, checkpoint):
     rows = next(iter(checkpoint["heldout"].values()))[:args.rows]       # of a run, its general text
     for name, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
         looped = loop_of(path)
-        block = args.block or (looped[1] if looped else checkpoint.get("args", {}).get("block")) or 2
+        block = args.block or (looped[1] if looped else checkpoint["args"].get("block")) or 2
         curves = all_signatures(model, rows, block, path)
         for column in BY_VISIT:
             for visit, value in enumerate(curves[column].tolist()):
