@@ -44,71 +44,50 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream gives row `number`, (context + 1) token ids; a batch is a pure function of (seed, step, rank)
+# data: a stream is a function that gives row `number` of a kind of text, (context + 1) token ids
 
 def read_tokens(args, tokenizer):
-    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world. Every process
-    has all of them in memory, 2 bytes each (4 of a large vocabulary)."""
-    files, tokens = {"general": args.data, "math": args.math}, {}
-    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    for name in files:
-        if files[name] and args.resume:         # the run's folder has them: its files may have moved
+    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world."""
+    tokens, dtype = {}, np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+    for name, files in (("general", args.data), ("math", args.math)):
+        if files and args.resume:       # the run's folder has a copy: its files may have moved
             tokens[name] = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
-        elif files[name]:
-            parts = evaluate.encode_files(files[name], tokenizer, args.field)
-            # the empty one: there may be no document
-            tokens[name] = np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
+        elif files:
+            parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
+            tokens[name] = np.concatenate([np.empty(0, dtype), *parts])     # the empty one: there may be no document
     return tokens
 
 
-def split_rows(tokens, eot, width):
-    """tokens (n,) -> training rows, held-out rows, (rows, width) each.
-
-    The last 64 rows (or a twentieth, if fewer) are held out. The cut moves forward to the beginning of a document, if
-    one begins in the first half of them, so that no document stands in both parts.
-    """
-    n_heldout = min(64, math.ceil(len(tokens) / width / 20))        # rows
-    cut = max(0, len(tokens) - n_heldout * width)
-    begins = np.flatnonzero(tokens[cut:cut + n_heldout * width // 2] == eot)
-    cut += begins[0] if len(begins) else 0
-    return [part[:len(part) // width * width].reshape(-1, width) for part in (tokens[:cut], tokens[cut:])]
-
-
-def file_row(rows, seed, number):
-    """In each epoch the rows (n, context + 1) have another order: every row comes once before any comes twice."""
-    epoch, place = divmod(number, len(rows))
-    return rows[permutation(len(rows), seed, epoch)[place]]
-
-
-@functools.lru_cache(maxsize=4)         # of two streams, at the end of an epoch and at the beginning of the next
-def permutation(n, *seed):
-    return np.random.default_rng(seed).permutation(n)
+def file_row(rows, order, number):
+    return rows[order[number % len(rows)]]      # every row comes once before any comes twice
 
 
 def open_streams(args, tokenizer, tokens):
     """-> streams, held-out rows, checksums: three dicts by name, "general" and "math" """
-    streams, heldout, data = {}, {}, {}
+    streams, heldout, checksums, width = {}, {}, {}, args.context + 1
     for name in tokens or evaluate.STREAMS:
         if tokens:
-            rows, held = split_rows(tokens[name], tokenizer.eot, args.context + 1)
-            if not len(rows) or not len(held):
-                raise ValueError(f"{len(tokens[name])} {name} tokens are too few for training and held-out rows of "
-                                 f"{args.context + 1}: give more text, or a smaller --context")
-            streams[name] = functools.partial(file_row, rows, args.seed)
-            data[name] = zlib.crc32(tokens[name])       # --resume compares it: the data must not have changed
+            text = rows = tokens[name][:len(tokens[name]) // width * width].reshape(-1, width)
+            if len(rows) < 2:
+                raise ValueError(f"{len(tokens[name])} {name} tokens are too few for a training and a held-out row of "
+                                 f"{width}: give more text, or a smaller --context")
+            n = min(64, math.ceil(len(rows) / 20))      # the last rows are held out, a twentieth or 64
+            rows, held = rows[:-n], rows[-n:]
+            order = np.random.default_rng(args.seed).permutation(len(rows))
+            streams[name] = functools.partial(file_row, rows, order)
         else:                           # the built-in world is made as it is read
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
-            streams[name] = functools.partial(row, heldout=False, seed=args.seed)
+            streams[name] = functools.partial(row, False, args.seed)
             held = np.stack([row(heldout=True, seed=0, number=i) for i in range(64)])   # the same for all seeds
-            data[name] = zlib.crc32(streams[name](number=0), zlib.crc32(held.astype(np.int32)))
+            text = np.stack([streams[name](number=0), *held])       # a sample: the world's code may have changed
         heldout[name] = torch.from_numpy(held.astype(np.int32))     # (rows, context + 1)
-    return streams, heldout, data
+        checksums[name] = zlib.crc32(text)      # --resume compares them
+    return streams, heldout, checksums
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows.
-    Together, the ranks read the rows that one process alone would read. In the cooldown a row is math with chance
-    args.math_share, where there is math."""
+    Together, the ranks read the rows that one process alone would read."""
 
     def __init__(self, streams, args, rank=0, world_size=1):
         self.streams, self.args = streams, args
@@ -116,15 +95,15 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         """-> (batch / world_size, context + 1) int64"""
-        args, constant = self.args, constant_steps(self.args)
-        share = args.math_share if step >= constant and "math" in self.streams else 0.0
-        # which rows are math is drawn for all ranks, so that each finds its own
-        is_math = np.random.default_rng((args.seed, step)).random(args.batch) < share
-        rows = []
+        args, constant, rows = self.args, constant_steps(self.args), []
+        # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
+        is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
         for i in self.my_rows:
-            # math is counted from the cooldown's first row on, so that none repeats within an epoch
-            name, first = ("math", constant) if is_math[i] else ("general", 0)
-            rows.append(self.streams[name](number=(step - first) * args.batch + i))
+            if step >= constant and is_math[i] and "math" in self.streams:
+                # counted from the cooldown's first row on, so that none is left out
+                rows.append(self.streams["math"](number=(step - constant) * args.batch + i))
+            else:
+                rows.append(self.streams["general"](number=step * args.batch + i))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # -----------------------------------------------------------------------------
