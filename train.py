@@ -17,15 +17,15 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
 """
 import argparse
 import contextlib
-import datetime
 import functools
 import gc
+import glob
 import importlib.util
 import json
 import math
 import os
-import pathlib
 import shutil
+import sqlite3
 import time
 import zlib
 
@@ -144,15 +144,16 @@ def growth_plan(args):
 # -----------------------------------------------------------------------------
 # the model and its optimizer
 
-def model_config(args, n_vocab, eot):
+def model_config(args, tokenizer):
     """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
-    path = path_of(args)
+    path, n_vocab = path_of(args), tokenizer.n_vocab
     if args.device != "cpu":        # a GPU's matrix products are fast for sizes that are multiples of 64
         n_vocab = math.ceil(n_vocab / 64) * 64
     n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
     d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
     return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads or args.heads,
-                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers, eot=eot)
+                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers,
+                     eot=tokenizer.eot)
 
 
 class Muon(torch.optim.Optimizer):
@@ -206,14 +207,14 @@ def make_optimizers(model, args):
 
 
 def compiles(args):
-    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is long enough
-    to win the time back. Not on MPS."""
+    """Whether the layers are compiled: by default where that pays and there is a compiler."""
     if args.compile != "auto":
         return args.compile == "on"
-    if args.device == "cpu":
-        return args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
-    return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
-            and any(map(shutil.which, ("gcc", "clang", "cc", "cl"))))
+    if args.device.startswith("cuda"):      # Triton needs a compiler for C
+        pays, compilers = importlib.util.find_spec("triton"), ("gcc", "clang", "cc", "cl")
+    else:                                   # the CPU needs one for C++, and a run that is long enough
+        pays, compilers = args.device == "cpu" and args.steps - args.start >= 500, ("g++", "clang++", "cl")
+    return bool(pays) and any(map(shutil.which, compilers))
 
 
 def prepare(model, args):
@@ -234,9 +235,8 @@ def prepare(model, args):
 # arguments
 
 DEPTH = ("method", "layers", "block", "alpha")
-CONFLICTS = {   # options that another option decides already
+EXCLUDES = {    # an option: those that it decides already
     "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
-OF_THIS_START = {"device", "out", "resume"}         # not those of the run that --resume or --init goes on with
 # the defaults of a GPU, where those of the parser are a CPU's
 CUDA = {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000, "cooldown": 0.2}
 
@@ -248,25 +248,23 @@ def make_parser():
     add("--method", choices=["baseline", *METHODS], default="lidas", help="lidas (default) is the paper's best")
     add("--layers", type=positive_int, default=8, help="depth at the end, in visits (default: 8; CUDA: 16)")
     add("--block", type=positive_int, default=2, help="layers per stage (default: 2; CUDA: 4, as in the papers)")
-    add("--alpha", type=between(0, 1000), default=0.0,
-        help="PROP-alpha: above 0 later stages get more steps (default: 0, so that blocks learn before being copied)")
+    add("--alpha", type=between(0, 1000), default=0.0, help="PROP-alpha: above 0 later stages are longer (default: 0)")
     add_path_options(parser)
     add("--width", type=positive_int, default=64, help="of the residual stream (default: 64; CUDA: 384)")
     add("--heads", type=positive_int, default=2, help="of attention, each at least 32 wide (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
-    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA: 512)")
-    # the schedule: --init of a model that is no run has other defaults
+    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA and --init: 512)")
+    # the schedule; --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
-    add("--lr", type=between(1e-12, 1000), default=3e-3,
-        help="of the constant phase (default: 0.003; at 0.0045 look-ups came later; --init of no run: 0.0001)")
+    add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 0.0001)")
+    # with the layers' rate for the embedding, looking things up was learned late, and on some seeds never (RESULTS.md)
     add("--embed-share", type=between(0, 1000), default=0.3,
-        help="learning rate of embedding and norms, as a share of --lr (default: 0.3, for early look-ups; --data: 1)")
+        help="learning rate of embedding and norms, as a share of --lr (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
-    add("--cooldown", type=between(0, 1), default=0.25,
-        help="share of all steps (default: 0.25, since two hops are learned in it; CUDA: 0.2, as in the papers)")
-    add("--weight-decay", type=between(0, 1000), default=0.01,
-        help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
+    add("--cooldown", type=between(0, 1), default=0.25, help="share of all steps (default: 0.25; CUDA: 0.2)")
+    # the usual 0.1 makes small models copy later
+    add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
     add("--data", nargs="+", action="extend", metavar="FILE",
@@ -282,82 +280,75 @@ def make_parser():
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    # not options: the first step of this run, and the depth of the plain model that its FLOPs are a share of
-    parser.set_defaults(start=0, plain_layers=None)
+    parser.set_defaults(start=0)        # no option: the first step of this run, behind those of the run of --init
     return parser
 
 
 def read_args():
-    """-> args, and the model and checkpoint that the run starts from, or None, None."""
-    args, given = read_options(make_parser(), CONFLICTS, requires={"data": ("field",)})
-
-    def default(**values):      # of what was not given; a later call counts more
-        vars(args).update({name: value for name, value in values.items() if name not in given | OF_THIS_START})
+    """-> args, and the model and checkpoint that the run starts from, None and {} of a new model."""
+    args, given = read_options(make_parser(), EXCLUDES, requires={"data": ("field",)})
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
+    model, checkpoint = None, {}
+    if args.resume or args.init:
+        model, checkpoint = load_checkpoint(last_checkpoint(args.out) if args.resume else args.init)
+    run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
-        model, checkpoint = load_run(args.out)
-        saved = checkpoint["args"]
-        for name in given - OF_THIS_START - {"compile"}:       # which is of the machine
-            if getattr(args, name) != saved[name]:
-                raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
-        default(**saved)
-        if "device" not in given and saved["device"].split(":")[0] in ("cpu", pick_device()):
-            args.device = saved["device"]       # else the best one here: a GPU's run goes on where there is none
-        args.device = pick_device(args.device)
-        return args, model, checkpoint
-
+        if not run:
+            raise ValueError(f"{args.out}/ckpt.pt is a model, not a run: train it on with --init")
+        for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
+            if getattr(args, name) != run[name]:
+                raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
+        if "device" not in given and run["device"].split(":")[0] in ("cpu", pick_device()):
+            args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
     args.device = pick_device(args.device)
-    if args.device.startswith("cuda"):
-        default(**CUDA)
-    if args.data:
-        default(embed_share=1.0)            # a large vocabulary is learned faster so
-    model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
     path = path_of(args, model.config if model else None)
+    if model and path:
+        model.config.path = path
+
+    # where a value comes from: each of these counts more than those before it, the parser's defaults
+    values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
+    if args.device.startswith("cuda"):
+        values.update(CUDA)
+    if args.data:
+        values.update(embed_share=1.0)          # a large vocabulary is learned faster so
     if path:
-        default(method="looped", layers=len(path))
-        if set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
-            raise ValueError("a path that is trained visits every layer: grow.py removes those that it leaves out")
+        values.update(method="looped", layers=len(path))
     if model:
-        model.config.path = path or model.config.path
-        default(lr=1e-4, steps=500, batch=8, context=min(512, model.config.context))
-        if "optimizers" in checkpoint:      # a run: its steps are counted on, without another warm-up
-            default(**checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"]})
-        default(method="init", layers=len(model.config.resolve_path()))
-    args.plain_layers = args.plain_layers or args.layers
-    check(args, given, model, checkpoint)
+        values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
+                      context=min(512, model.config.context))
+    values.update(run)
+    if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
+        values.update(method="init", warmup=0, start=checkpoint["step"])
+    values.update(typed)
+    if not args.resume:
+        check(args, given, path, model, checkpoint)
     return args, model, checkpoint
 
 
-def load_run(folder):
-    """-> the model and the checkpoint of a run that is to go on"""
-    latest = os.path.join(folder, "ckpt.pt")
-    if not os.path.exists(latest):
-        runs = sorted(str(file.parent) for file in pathlib.Path(folder).parent.glob("*/ckpt.pt"))
+def last_checkpoint(folder):
+    """Of the run in a folder. Raises ValueError where there is none: a new run would hide a mistyped name."""
+    file = os.path.join(folder, "ckpt.pt")
+    if not os.path.exists(file):
+        runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(folder), "*", "ckpt.pt"))))
         raise ValueError(f"there is no run in {folder}; runs: {', '.join(runs) or 'none'}")
-    model, checkpoint = load_checkpoint(latest)
-    if "optimizers" not in checkpoint:
-        raise ValueError(f"{latest} is a model, not a run: train it on with --init")
-    return model, checkpoint
+    return file
 
 
-def check(args, given, model, checkpoint):
+def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
+    if any(os.path.exists(os.path.join(args.out, name)) for name in ("ckpt.pt", "stable.pt")):
+        raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
-    if constant_steps(args) < 1 and not model:
-        raise ValueError("--steps less the cooldown must leave a step")
-    growth_plan(args)                               # whole blocks, and steps for each stage
-    if model and args.context > model.config.context:
-        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+    if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
+        raise ValueError("a path that is trained visits every layer: grow.py removes those that it leaves out")
     if model and "encoding" in given and checkpoint["tokenizer"]:
         raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     if args.method == "baseline" and given & {"block", "alpha"}:
         raise ValueError("--block and --alpha go with a --method that grows")
-    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
-        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
-    if given & {"math", "math_share"} and bool(args.math) != bool(args.data):
-        raise ValueError("--math goes with --data, --math-share with both: the built-in world has math of its own")
+    if given & {"math", "math_share"} and (constant_steps(args) == args.steps or bool(args.math) != bool(args.data)):
+        raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
@@ -377,156 +368,138 @@ def evaluation(model, heldout, tokenizer, args):
 
 
 class Run:
-    """What a run prints, keeps and saves; on the first process only, where there are several."""
+    """What a run prints, keeps and saves: on the first process only, where there are several."""
 
-    def __init__(self, args, config, tokenizer, heldout, kept, start, log):
-        # kept: what a checkpoint has besides, the tokenizer's spec and the data's checksums
-        self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
+    def __init__(self, args, config, tokenizer, heldout, kept, checkpoint, first):
+        # kept: what its checkpoints have besides; checkpoint: that it starts from
+        self.args, self.tokenizer, self.heldout, self.first, self.kept = args, tokenizer, heldout, first, kept
+        # of a plain model of full depth that takes all these steps: the log gives shares of it
+        self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
+        log = checkpoint.get("log", [])
         # at the last report
-        self.step, self.flops, self.time = start, log[-1]["flops"] if log else 0, time.perf_counter()
-        # training FLOPs of a plain model of full depth that takes all these steps: the log gives shares of it
-        self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
-        log = [row for row in log if args.resume or row["step"] < start]    # of --init, the line of `start` comes anew
-        self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
+        self.step, self.flops, self.time = checkpoint.get("step", 0), log[-1]["flops"] if log else 0, time.perf_counter()
+        # of --init, the line of its first step comes anew
+        self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log
+                    if args.resume or row["step"] < args.start]
 
     def report(self, model, step, loss=None, path=None):
         """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
         just grown, before it is trained. Raises ValueError when training has gone wrong."""
-        args, depth, n = self.args, len(model.config.resolve_path()), step - self.step
-        seconds, self.step = time.perf_counter() - self.time, step      # of n steps at this depth
-        self.flops += training_flops(model.config, n * args.batch, args.context, depth)
+        if not self.first:
+            return
+        args, depth, steps = self.args, len(model.config.resolve_path()), step - self.step      # at this depth
+        seconds = time.perf_counter() - self.time
+        self.flops += training_flops(model.config, steps * args.batch, args.context, depth)
         row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
-               "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain}
+               "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain_flops}
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         # as text
-        parts = [f"grows along {' '.join(map(str, path))}"] if path else [f"loss {loss:.4f}"] if loss else []
+        parts = [f"step {step:>6}/{args.steps}"]
+        if path:
+            parts.append(f"grows along {' '.join(map(str, path))}")
+        elif loss:
+            parts.append(f"loss {loss:.4f}")
         parts.append("held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout))
         hops = [f"{100 * row[task]:.0f}" for task in evaluate.HOPS if task in row]      # in percent
         if hops:
             parts.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
-        if n:
-            row["tokens_per_second"] = n * args.batch * args.context / seconds
+        if steps:
+            row["tokens_per_second"] = steps * args.batch * args.context / seconds
             parts.append(f"{row['tokens_per_second'] / 1e3:.1f}k tok/s")
-        parts += [f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]
-        tqdm.write("  ".join([f"step {step:>6}/{args.steps}", *parts]))
+        tqdm.write("  ".join([*parts, f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]))
         self.log.append({**row, "growth": path} if path else row)
-        self.time = time.perf_counter()         # evaluation is not training
+        self.step, self.time = step, time.perf_counter()        # evaluation is not training
 
     def save(self, name, model, optimizers, step):
-        out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(os.path.join(out, name), model, heldout=self.heldout, args=vars(self.args), step=step,
-                        log=self.log, optimizers=states, **self.kept)
-        save_atomically(os.path.join(out, "log.jsonl"),
-                        lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
+        if self.first:
+            save_checkpoint(os.path.join(self.args.out, name), model, heldout=self.heldout, args=vars(self.args),
+                            step=step, log=self.log, optimizers=[part.state_dict() for part in optimizers], **self.kept)
+            lines = "".join(json.dumps(row) + "\n" for row in self.log)
+            save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.write(lines.encode()))
 
 
-@contextlib.contextmanager
-def own_folder(folder, resume):
-    """One run owns its folder: a lock of the system, which ends with the process, also when that is killed. A folder
-    that is new goes again if the run is refused before its first checkpoint."""
-    new = not os.path.exists(folder)
+def own_folder(folder):
+    """Makes the folder, for one process at a time -> a lock, until it is closed or the process ends, even by kill -9."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        try:
-            lock(file)
-        except OSError:
-            raise ValueError(f"another process trains in {folder} right now")
-        if not resume and any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
-            raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-        try:
-            yield
-        finally:
-            if new and not os.path.exists(os.path.join(folder, "ckpt.pt")):
-                shutil.rmtree(folder, ignore_errors=True)       # Windows keeps the open lock
+    # SQLite locks files on every system; nothing is ever written to this one
+    lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"another process trains in {folder} right now ({error})")
+    return lock
 
 
-def lock(file):
-    """Raises OSError where another process has locked the file."""
-    if os.name == "nt":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def set_up_processes(args):
+def start_processes(args):
     """-> rank, world_size: 0, 1 without torchrun"""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
-        if args.device == "cuda":
-            gpu = int(os.environ["LOCAL_RANK"])         # torchrun has started one process per GPU
-            if gpu >= torch.cuda.device_count():
-                raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own")
-            torch.cuda.set_device(gpu)
-        # the others wait while the first one evaluates and saves
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        if args.device == "cuda":       # torchrun has started one process per GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     return rank, world_size
 
 # -----------------------------------------------------------------------------
 
 def main():
     args, model, checkpoint = read_args()
-    rank, world_size = set_up_processes(args)
+    rank, world_size = start_processes(args)
     torch.set_float32_matmul_precision("high")
-    with own_folder(args.out, args.resume) if rank == 0 else contextlib.nullcontext():
-        # 1. the model, and its optimizers
-        spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
-        if checkpoint:
-            spec = checkpoint["tokenizer"] or args.encoding
-        tokenizer = get_tokenizer(spec)
-        torch.manual_seed(args.seed)
-        model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
-        model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
-        optimizers, start, log = make_optimizers(model, args), 0, []
-        if checkpoint and "optimizers" in checkpoint:
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-                # the moments are the run's, the settings those of this command
-                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-            start, log = checkpoint["step"], checkpoint["log"]
-        # 2. the data: each process reads all of them
-        tokens = read_tokens(args, tokenizer)
-        streams, heldout, data = open_streams(args, tokenizer, tokens)
-        if args.resume and data != checkpoint["data"]:
-            raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
-        # 3. what the first process prints and keeps
-        run = None
-        if rank == 0:
-            depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
-            tqdm.write(f"{args.method}: depth {depths}, {args.steps} steps of {args.batch} x {args.context} tokens on "
-                       f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
-            if checkpoint and "optimizers" not in checkpoint:       # --init of a model that is no run
-                tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-            run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, log)
-            if not args.resume:
-                run.report(model, start)
-                for name in tokens:
-                    save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
-                run.save("ckpt.pt", model, optimizers, start)
-        # 4. training
+    # 1. the model, and its optimizers
+    spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
+    if checkpoint:
+        spec = checkpoint["tokenizer"] or args.encoding
+    tokenizer = get_tokenizer(spec)
+    torch.manual_seed(args.seed)
+    model = (model or GPT(model_config(args, tokenizer))).to(args.device)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
+    optimizers = make_optimizers(model, args)
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizers", [])):
+        # the moments are the run's, the settings those of this command
+        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # 2. the data: each process reads all of them
+    tokens = read_tokens(args, tokenizer)
+    streams, heldout, checksums = open_streams(args, tokenizer, tokens)
+    if args.resume and checksums != checkpoint["data"]:
+        raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
+    # 3. what the first process prints and keeps: whatever can be refused is refused before the folder is made
+    kept = {"tokenizer": spec, "data": checksums}
+    run = Run(args, model.config, tokenizer, heldout, kept, checkpoint, first=rank == 0)
+    start = checkpoint.get("step", 0)
+    if rank == 0:
+        depths = [len(model.config.resolve_path()), *(depth for step, depth in growth_plan(args) if step > start)]
+        tqdm.write(f"{args.method}: depth {' -> '.join(map(str, depths))}, {args.steps} steps of {args.batch} x "
+                   f"{args.context} tokens on {args.device}, layers {'' if compiles(args) else 'not '}compiled")
+        if checkpoint and "optimizers" not in checkpoint:       # --init of a model that is no run
+            tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
+    if not args.resume:
+        run.report(model, start)
+    # 4. training
+    with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and not args.resume:
+            for name in tokens:
+                save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
+            run.save("ckpt.pt", model, optimizers, start)
         model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
     if world_size > 1:
         dist.destroy_process_group()
-    if run:
-        finish(args, model, tokenizer)
-
-
-@torch.compiler.set_stance("force_eager")
-def finish(args, model, tokenizer):
-    """A sample, and what to run next."""
-    torch.manual_seed(args.seed)
-    file = os.path.join(args.out, "ckpt.pt")
-    print(f"\na sample:\n{complete(model, tokenizer, '', 80, temperature=0.8)}\n\nsaved {file}. Next:\n"
-          f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
+    # 5. a sample, and what to run next
+    if rank == 0:
+        torch.manual_seed(args.seed)
+        with torch.compiler.set_stance("force_eager"):
+            sample = complete(model, tokenizer, "", 80, temperature=0.8)
+        file = os.path.join(args.out, "ckpt.pt")
+        print(f"\na sample:\n{sample}\n\nsaved {file}. Next:\n"
+              f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
 
 
 def train(args, model, optimizers, batches, start, run):
-    """The loop, from step `start` on. run: of the first process, else None. -> the model, which growth has replaced."""
+    """The loop, from step `start` on. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
     constant, grows_at = constant_steps(args), {step for step, _ in growth_plan(args)[1:]}
     report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant} | grows_at
@@ -536,7 +509,7 @@ def train(args, model, optimizers, batches, start, run):
     steps = range(start, args.steps)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
     wrapped, losses = prepare(model, args), []          # losses since the last report
-    for step, rows in zip(tqdm(steps, unit="step", disable=None if run else True), loader):
+    for step, rows in zip(tqdm(steps, unit="step", disable=None if run.first else True), loader):
         # 1. the learning rate of this step
         rate = learning_rate(args, step)
         for optimizer in optimizers:
@@ -557,10 +530,8 @@ def train(args, model, optimizers, batches, start, run):
         done = step + 1
         # 4. report: the last line of a stage is of the model before it grows
         if done in report_steps:
-            mean_loss = torch.stack(losses).mean().item()
+            run.report(model, done, torch.stack(losses).mean().item())
             losses.clear()
-            if run:
-                run.report(model, done, mean_loss)
         # 5. grow: duplicate a block, and the optimizer's moments with it
         if done in grows_at:
             path = METHODS[args.method](model.config.n_layer, args.block)
@@ -568,10 +539,9 @@ def train(args, model, optimizers, batches, start, run):
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
-            if run:
-                run.report(model, done, path=path)
+            run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
-        if done in report_steps and run:
+        if done in report_steps:
             if done == constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
