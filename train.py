@@ -20,7 +20,6 @@ import contextlib
 import functools
 import gc
 import glob
-import importlib.util
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream is a function that gives row `number` of a kind of text, (context + 1) token ids
+# data: a stream is a function that gives row `number` of one kind of text, (context + 1) token ids
 
 def read_tokens(args, tokenizer):
     """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world."""
@@ -58,53 +57,43 @@ def read_tokens(args, tokenizer):
     return tokens
 
 
-def file_row(rows, order, number):
-    return rows[order[number % len(rows)]]      # every row comes once before any comes twice
-
-
 def open_streams(args, tokenizer, tokens):
     """-> streams, held-out rows, checksums: three dicts by name, "general" and "math" """
     streams, heldout, checksums, width = {}, {}, {}, args.context + 1
     for name in tokens or evaluate.STREAMS:
         if tokens:
-            text = rows = tokens[name][:len(tokens[name]) // width * width].reshape(-1, width)
-            if len(rows) < 2:
+            text = tokens[name][:len(tokens[name]) // width * width].reshape(-1, width)
+            n = min(64, math.ceil(len(text) / 20))          # the last rows are held out, a twentieth or 64
+            rows, held = text[:-n], text[-n:]
+            if not len(rows):
                 raise ValueError(f"{len(tokens[name])} {name} tokens are too few for a training and a held-out row of "
                                  f"{width}: give more text, or a smaller --context")
-            n = min(64, math.ceil(len(rows) / 20))      # the last rows are held out, a twentieth or 64
-            rows, held = rows[:-n], rows[-n:]
-            order = np.random.default_rng(args.seed).permutation(len(rows))
-            streams[name] = functools.partial(file_row, rows, order)
+            # in random order, and after the last row from the first one again
+            rows = np.random.default_rng(args.seed).permutation(rows)
+            streams[name] = functools.partial(np.take, rows, axis=0, mode="wrap")
         else:                           # the built-in world is made as it is read
             row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
             streams[name] = functools.partial(row, False, args.seed)
-            held = np.stack([row(heldout=True, seed=0, number=i) for i in range(64)])   # the same for all seeds
-            text = np.stack([streams[name](number=0), *held])       # a sample: the world's code may have changed
+            held = np.stack([row(True, 0, number) for number in range(64)])     # the same for all seeds
+            text = np.stack([streams[name](0), *held])      # a sample: the world's code may have changed
         heldout[name] = torch.from_numpy(held.astype(np.int32))     # (rows, context + 1)
         checksums[name] = zlib.crc32(text)      # --resume compares them
     return streams, heldout, checksums
 
 
-class Batches:
-    """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows.
-    Together, the ranks read the rows that one process alone would read."""
-
-    def __init__(self, streams, args, rank=0, world_size=1):
-        self.streams, self.args = streams, args
-        self.my_rows = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)    # of each batch
-
-    def __getitem__(self, step):
-        """-> (batch / world_size, context + 1) int64"""
-        args, constant, rows = self.args, constant_steps(self.args), []
-        # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
-        is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
-        for i in self.my_rows:
-            if step >= constant and is_math[i] and "math" in self.streams:
-                # counted from the cooldown's first row on, so that none is left out
-                rows.append(self.streams["math"](number=(step - constant) * args.batch + i))
-            else:
-                rows.append(self.streams["general"](number=step * args.batch + i))
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+def make_batch(streams, args, rank, world_size, step):
+    """A pure function of its arguments, so that a resumed run reads the same rows. Together, the ranks read the rows
+    that one process alone would read. -> (batch / world_size, context + 1) int64"""
+    constant, share, rows = constant_steps(args), args.batch // world_size, []
+    # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
+    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
+    for i in range(rank * share, (rank + 1) * share):
+        if step >= constant and is_math[i] and "math" in streams:
+            # counted from the cooldown's first row on, so that none is left out
+            rows.append(streams["math"]((step - constant) * args.batch + i))
+        else:
+            rows.append(streams["general"](step * args.batch + i))
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # -----------------------------------------------------------------------------
 # the schedule, and what it costs: functions of the step alone
@@ -157,10 +146,9 @@ def model_config(args, tokenizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. It is scaled
-    by 0.2 * sqrt(the longer side), as in Moonlight (arXiv 2502.16982), to the size of an AdamW update, so that the
-    rates of both are of one scale. torch.optim.Muon works in bfloat16, which is slow on a CPU: this one is in
-    float32, with all matrices of one shape in one product."""
+    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch's works
+    in bfloat16, which is slow on a CPU: this one is in float32, and takes all matrices of a group, which are of one
+    shape, in one product."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -168,68 +156,63 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:           # matrices of one shape go through one product
-                shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                # 1. Nesterov's momentum: the average as it will be after another step along this gradient
-                for p in params:
-                    if not self.state[p]:       # the first step
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                averages = [self.state[p]["momentum"] for p in params]
-                grads = [p.grad for p in params]
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))   # (n, rows, columns)
-                # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
-                x = x.mT if rows > columns else x
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    gram = x @ x.mT
-                    x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
-                x = x.mT if rows > columns else x
-                # 3. the update
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_sub_(params, list(x), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
+            params, (rows, columns) = group["params"], group["params"][0].shape
+            # 1. Nesterov's momentum: the average as it will be after another step along this gradient
+            for p in params:
+                if not self.state[p]:       # the first step
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            averages, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))    # (n, rows, columns)
+            # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
+            x = x.mT if rows > columns else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+            x = x.mT if rows > columns else x
+            # 3. the update, of an AdamW update's size as in Moonlight (arXiv 2502.16982): both take one learning rate
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, list(x), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
 
 
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
-    With AdamW alone, or an embedding that learns as fast as the layers, looking things up was learned late, and on some
-    seeds never (RESULTS.md)."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
+    shapes = {}
+    for p in model.layers.parameters():
+        if p.dim() == 2:
+            shapes.setdefault(p.shape, []).append(p)
     embedding = list(dict.fromkeys((model.embed.weight, model.head.weight)))    # once, where both are one matrix
     gains = [p for p in model.parameters() if p.dim() < 2]
     # share: of the learning rate, which the loop sets in each step
-    muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]
+    muon = [{"params": params, "weight_decay": args.weight_decay, "share": 1.0} for params in shapes.values()]
     adamw = [{"params": embedding, "weight_decay": args.weight_decay, "share": args.embed_share},
              {"params": gains, "weight_decay": 0.0, "share": args.embed_share}]
     return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def compiles(args):
-    """Whether the layers are compiled: by default where that pays and there is a compiler."""
+    """Whether the layers are compiled: by default where there is a compiler, and the run is long enough to win the time
+    back. Not on MPS."""
     if args.compile != "auto":
         return args.compile == "on"
-    if args.device.startswith("cuda"):      # Triton needs a compiler for C
-        pays, compilers = importlib.util.find_spec("triton"), ("gcc", "clang", "cc", "cl")
-    else:                                   # the CPU needs one for C++, and a run that is long enough
-        pays, compilers = args.device == "cpu" and args.steps - args.start >= 500, ("g++", "clang++", "cl")
-    return bool(pays) and any(map(shutil.which, compilers))
+    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc")    # Triton takes C
+    return args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
 
 
 def prepare(model, args):
-    """-> the model as training calls it, also after each growth: compiled layer by layer, and in DDP where there are
-    several processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
+    """-> the model as training calls it, anew after each growth: compiled layer by layer, in DDP if there are several
+    processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
     if compiles(args):
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
-        modules = list(model.layers)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
         if model.embed.weight.is_cuda:
-            modules.append(model.loss)                  # the logits in float32 are the largest tensor there
-        for module in modules:
-            module.compile(dynamic=False)
-    if not dist.is_initialized():
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            model.loss.compile(dynamic=False)           # the logits in float32 are the largest tensor there
+    if dist.is_initialized():
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return model
 
 # -----------------------------------------------------------------------------
 # arguments
@@ -289,13 +272,16 @@ def read_args():
     args, given = read_options(make_parser(), EXCLUDES, requires={"data": ("field",)})
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
-    model, checkpoint = None, {}
+    latest, model, checkpoint = os.path.join(args.out, "ckpt.pt"), None, {}
+    if args.resume and not os.path.exists(latest):      # a new run would hide a mistyped name
+        runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
+        raise ValueError(f"there is no run in {args.out}; runs: {', '.join(runs) or 'none'}")
     if args.resume or args.init:
-        model, checkpoint = load_checkpoint(last_checkpoint(args.out) if args.resume else args.init)
+        model, checkpoint = load_checkpoint(latest if args.resume else args.init)
     run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
         if not run:
-            raise ValueError(f"{args.out}/ckpt.pt is a model, not a run: train it on with --init")
+            raise ValueError(f"{latest} is a model, not a run: train it on with --init")
         for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
             if getattr(args, name) != run[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
@@ -324,15 +310,6 @@ def read_args():
     if not args.resume:
         check(args, given, path, model, checkpoint)
     return args, model, checkpoint
-
-
-def last_checkpoint(folder):
-    """Of the run in a folder. Raises ValueError where there is none: a new run would hide a mistyped name."""
-    file = os.path.join(folder, "ckpt.pt")
-    if not os.path.exists(file):
-        runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(folder), "*", "ckpt.pt"))))
-        raise ValueError(f"there is no run in {folder}; runs: {', '.join(runs) or 'none'}")
-    return file
 
 
 def check(args, given, path, model, checkpoint):
@@ -468,24 +445,21 @@ def main():
     if args.resume and checksums != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     # 3. what the first process prints and keeps: whatever can be refused is refused before the folder is made
-    kept = {"tokenizer": spec, "data": checksums}
+    kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
     run = Run(args, model.config, tokenizer, heldout, kept, checkpoint, first=rank == 0)
-    start = checkpoint.get("step", 0)
     if rank == 0:
-        depths = [len(model.config.resolve_path()), *(depth for step, depth in growth_plan(args) if step > start)]
-        tqdm.write(f"{args.method}: depth {' -> '.join(map(str, depths))}, {args.steps} steps of {args.batch} x "
-                   f"{args.context} tokens on {args.device}, layers {'' if compiles(args) else 'not '}compiled")
-        if checkpoint and "optimizers" not in checkpoint:       # --init of a model that is no run
-            tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
+        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}, layers "
+                   f"{'' if compiles(args) else 'not '}compiled, optimizer {'of the run' if start else 'fresh'}")
     if not args.resume:
         run.report(model, start)
     # 4. training
+    batches = functools.partial(make_batch, streams, args, rank, world_size)
     with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and not args.resume:
             for name in tokens:
                 save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
             run.save("ckpt.pt", model, optimizers, start)
-        model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
+        model = train(args, model, optimizers, batches, start, run)
     if world_size > 1:
         dist.destroy_process_group()
     # 5. a sample, and what to run next
@@ -498,8 +472,8 @@ def main():
               f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
 
 
-def train(args, model, optimizers, batches, start, run):
-    """The loop, from step `start` on. -> the model, which growth has replaced."""
+def train(args, model, optimizers, make, start, run):
+    """The loop, from step `start` on. make: gives the batch of a step. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
     constant, grows_at = constant_steps(args), {step for step, _ in growth_plan(args)[1:]}
     report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant} | grows_at
@@ -507,7 +481,7 @@ def train(args, model, optimizers, batches, start, run):
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda)
     wrapped, losses = prepare(model, args), []          # losses since the last report
     for step, rows in zip(tqdm(steps, unit="step", disable=None if run.first else True), loader):
         # 1. the learning rate of this step
