@@ -43,42 +43,31 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream is a function that gives row `number` of one kind of text, (context + 1) token ids
+# data
 
-def read_tokens(args, tokenizer):
-    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world."""
-    tokens, dtype = {}, np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    for name, files in (("general", args.data), ("math", args.math)):
-        if files and args.resume:       # the run's folder has a copy: its files may have moved
-            tokens[name] = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
-        elif files:
-            parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
-            tokens[name] = np.concatenate([np.empty(0, dtype), *parts])     # the empty one: there may be no document
-    return tokens
-
-
-def open_streams(args, tokenizer, tokens):
-    """-> streams, held-out rows, checksums: three dicts by name, "general" and "math" """
-    streams, heldout, checksums, width = {}, {}, {}, args.context + 1
-    for name in tokens or evaluate.STREAMS:
-        if tokens:
-            text = tokens[name][:len(tokens[name]) // width * width].reshape(-1, width)
-            n = min(64, math.ceil(len(text) / 20))          # the last rows are held out, a twentieth or 64
-            rows, held = text[:-n], text[-n:]
-            if not len(rows):
-                raise ValueError(f"{len(tokens[name])} {name} tokens are too few for a training and a held-out row of "
-                                 f"{width}: give more text, or a smaller --context")
-            # in random order, and after the last row from the first one again
-            rows = np.random.default_rng(args.seed).permutation(rows)
-            streams[name] = functools.partial(np.take, rows, axis=0, mode="wrap")
-        else:                           # the built-in world is made as it is read
-            row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
-            streams[name] = functools.partial(row, False, args.seed)
-            held = np.stack([row(True, 0, number) for number in range(64)])     # the same for all seeds
-            text = np.stack([streams[name](0), *held])      # a sample: the world's code may have changed
-        heldout[name] = torch.from_numpy(held.astype(np.int32))     # (rows, context + 1)
-        checksums[name] = zlib.crc32(text)      # --resume compares them
-    return streams, heldout, checksums
+def open_stream(name, files, args, tokenizer):
+    """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows; the
+    tokens that tell whether the text has changed."""
+    if not files:                           # the built-in world is made as it is read
+        row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
+        heldout = np.stack([row(True, 0, number) for number in range(64)])      # the same for all seeds
+        row = functools.partial(row, False, args.seed)
+        return row, heldout, np.stack([row(0), *heldout])
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+    if args.resume:                         # the run's folder has a copy: its files may have moved
+        tokens = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
+    else:
+        parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
+        tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
+    n_rows = len(tokens) // (args.context + 1)
+    if n_rows < 2:
+        raise ValueError(f"{len(tokens)} {name} tokens are too few for a training and a held-out row of "
+                         f"{args.context + 1}: give more text, or a smaller --context")
+    rows = tokens[:n_rows * (args.context + 1)].reshape(n_rows, args.context + 1)
+    n_heldout = min(64, math.ceil(n_rows / 20))                     # the last rows
+    training = np.random.default_rng(args.seed).permutation(rows[:-n_heldout])
+    # after the last row it begins again
+    return functools.partial(np.take, training, axis=0, mode="wrap"), rows[-n_heldout:], tokens
 
 
 def make_batch(streams, args, rank, world_size, step):
@@ -112,15 +101,11 @@ def learning_rate(args, step):
 
 
 def training_flops(config, rows, context, depth):
-    """Floating point operations to train on rows of `context` tokens: a backward pass counts as two forward passes.
-
-    Counted per *visit*: a layer visited twice costs as much as two layers. Per token and forward pass: 2 per weight of
-    a matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for causal
-    attention's two products.
-    """
+    """Floating point operations to train on rows of `context` tokens; a backward pass counts as two forward passes, a
+    layer once per visit. Forward: 2 per token and weight of a matrix product (not of the embedding's look-up)."""
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
     layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff      # weights: q, k, v; proj; gate, up, down
-    attention = 4 * config.n_embd * context // 2        # a token sees half of the row on average
+    attention = 4 * config.n_embd * context // 2        # q k^T and its product with v, of half a row on average
     return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
 
@@ -242,16 +227,14 @@ def make_parser():
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
     add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 0.0001)")
     # with the layers' rate for the embedding, looking things up was learned late, and on some seeds never (RESULTS.md)
-    add("--embed-share", type=between(0, 1000), default=0.3,
-        help="learning rate of embedding and norms, as a share of --lr (default: 0.3; --data: 1)")
+    add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
     add("--cooldown", type=between(0, 1), default=0.25, help="share of all steps (default: 0.25; CUDA: 0.2)")
     # the usual 0.1 makes small models copy later
     add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
-    add("--data", nargs="+", action="extend", metavar="FILE",
-        help=".txt, .md, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
+    add("--data", nargs="+", action="extend", metavar="FILE", help=".txt .md .jsonl .jsonl.gz .bin (default: the world)")
     add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
@@ -335,40 +318,36 @@ def check(args, given, path, model, checkpoint):
 QUESTIONS = 64      # of each number of hops: a standard error of 6 points at most
 
 
-@torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
-def evaluation(model, heldout, tokenizer, args):
-    """Held-out losses, and, of the built-in world, the accuracy by hops -> {name: value}"""
-    row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}    # nats per token
-    for task in evaluate.HOPS if not args.data else []:
-        row[task] = evaluate.accuracy(model, tokenizer, task, QUESTIONS)["value"]
-    return row
-
-
 class Run:
     """What a run prints, keeps and saves: on the first process only, where there are several."""
 
     def __init__(self, args, config, tokenizer, heldout, kept, checkpoint, first):
         # kept: what its checkpoints have besides; checkpoint: that it starts from
-        self.args, self.tokenizer, self.heldout, self.first, self.kept = args, tokenizer, heldout, first, kept
-        # of a plain model of full depth that takes all these steps: the log gives shares of it
+        self.args, self.tokenizer, self.heldout, self.kept, self.first = args, tokenizer, heldout, kept, first
+        # the log gives shares of what a plain model of full depth costs that takes all these steps
         self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
-        log = checkpoint.get("log", [])
+        log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in checkpoint.get("log", [])]
         # at the last report
         self.step, self.flops, self.time = checkpoint.get("step", 0), log[-1]["flops"] if log else 0, time.perf_counter()
         # of --init, the line of its first step comes anew
-        self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log
-                    if args.resume or row["step"] < args.start]
+        self.log = [row for row in log if args.resume or row["step"] < self.step]
 
+    @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
     def report(self, model, step, loss=None, path=None):
         """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
         just grown, before it is trained. Raises ValueError when training has gone wrong."""
         if not self.first:
             return
+        # as a row: what was trained since the last one, held-out losses, accuracy by hops in the built-in world
         args, depth, steps = self.args, len(model.config.resolve_path()), step - self.step      # at this depth
         seconds = time.perf_counter() - self.time
         self.flops += training_flops(model.config, steps * args.batch, args.context, depth)
-        row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
-               "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain_flops}
+        row = {"step": step, "loss": loss, "depth": depth, "lr": learning_rate(args, step), "flops": self.flops,
+               "flops_share": self.flops / self.plain_flops}
+        for name, rows in self.heldout.items():
+            row[f"loss {name}"] = estimate_loss(model, rows)            # nats per token
+        for task in evaluate.HOPS if not args.data else []:
+            row[task] = evaluate.accuracy(model, self.tokenizer, task, QUESTIONS)["value"]
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         # as text
@@ -389,11 +368,13 @@ class Run:
         self.step, self.time = step, time.perf_counter()        # evaluation is not training
 
     def save(self, name, model, optimizers, step):
-        if self.first:
-            save_checkpoint(os.path.join(self.args.out, name), model, heldout=self.heldout, args=vars(self.args),
-                            step=step, log=self.log, optimizers=[part.state_dict() for part in optimizers], **self.kept)
-            lines = "".join(json.dumps(row) + "\n" for row in self.log)
-            save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.write(lines.encode()))
+        if not self.first:
+            return
+        states, file = [optimizer.state_dict() for optimizer in optimizers], os.path.join(self.args.out, name)
+        save_checkpoint(file, model, heldout=self.heldout, args=vars(self.args), step=step, log=self.log,
+                        optimizers=states, **self.kept)
+        lines = [json.dumps(row).encode() + b"\n" for row in self.log]
+        save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
 
 
 def own_folder(folder):
@@ -440,36 +421,39 @@ def main():
         # the moments are the run's, the settings those of this command
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     # 2. the data: each process reads all of them
-    tokens = read_tokens(args, tokenizer)
-    streams, heldout, checksums = open_streams(args, tokenizer, tokens)
+    streams, heldout, texts = {}, {}, {}
+    for name, files in (("general", args.data), ("math", args.math)):
+        if files or not args.data:
+            streams[name], held, texts[name] = open_stream(name, files, args, tokenizer)
+            heldout[name] = torch.from_numpy(held.astype(np.int32))         # (rows, context + 1)
+    checksums = {name: zlib.crc32(text) for name, text in texts.items()}
     if args.resume and checksums != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
-    # 3. what the first process prints and keeps: whatever can be refused is refused before the folder is made
+    # 3. what the first process prints and keeps
     kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
     run = Run(args, model.config, tokenizer, heldout, kept, checkpoint, first=rank == 0)
     if rank == 0:
-        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}, layers "
-                   f"{'' if compiles(args) else 'not '}compiled, optimizer {'of the run' if start else 'fresh'}")
+        fresh = "" if "optimizers" in checkpoint else ", a fresh optimizer"
+        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}, "
+                   f"layers {'' if compiles(args) else 'not '}compiled{fresh}")
     if not args.resume:
         run.report(model, start)
-    # 4. training
+    # 4. training; whatever can be refused has been refused before the folder is made
     batches = functools.partial(make_batch, streams, args, rank, world_size)
     with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and not args.resume:
-            for name in tokens:
-                save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
+            for name in texts:
+                save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
             run.save("ckpt.pt", model, optimizers, start)
         model = train(args, model, optimizers, batches, start, run)
     if world_size > 1:
         dist.destroy_process_group()
-    # 5. a sample, and what to run next
+    # 5. a sample
     if rank == 0:
         torch.manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):
             sample = complete(model, tokenizer, "", 80, temperature=0.8)
-        file = os.path.join(args.out, "ckpt.pt")
-        print(f"\na sample:\n{sample}\n\nsaved {file}. Next:\n"
-              f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
+        print(f"\na sample:\n{sample}\n\nsaved {args.out}/ckpt.pt; next: python evaluate.py {args.out}/ckpt.pt")
 
 
 def train(args, model, optimizers, make, start, run):

@@ -234,10 +234,12 @@ def test_hooks_fire_in_training_and_evaluation_also_when_layers_are_compiled(mon
     training = compiled(model, monkeypatch)
     training(rows[:, :-1], rows[:, 1:].contiguous())[1].backward()
     assert len(calls) == 6
-    train.evaluation(model, {"general": rows}, None, Namespace(data="text"))
+    args = arguments(data="text", context=24, resume=False)
+    run = train.Run(args, model.config, None, {"general": rows}, {}, {}, first=True)
+    run.report(model, 0)
     assert len(calls) == 12
     model.layers[0].register_forward_hook(lambda *_: calls.append(1))       # and one that comes later
-    train.evaluation(model, {"general": rows}, None, Namespace(data="text"))
+    run.report(model, 0)
     assert len(calls) == 19
 
 # -----------------------------------------------------------------------------
@@ -368,14 +370,13 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
 
 def test_held_out_documents_of_files_are_the_last_ones_and_not_trained_on(on_text):
     tokenizer = get_tokenizer("gpt2")
-    tokens = {"general": np.fromfile("run/general.tokens", np.uint16)}
-    streams, held, _ = train.open_streams(arguments(context=128), tokenizer, tokens)
+    row, held, tokens = train.open_stream("general", ["its copy"], arguments(context=128, resume=True, out="run"), tokenizer)
     lines = [json.loads(line)["body"] for line in on_text.files[0].read_text().splitlines()]
-    heldout = tokenizer.decode(held["general"].flatten().tolist()).split("<|endoftext|>")[1:-1]     # whole documents
+    heldout = tokenizer.decode(held.flatten().tolist()).split("<|endoftext|>")[1:-1]        # whole documents
     first = lines.index(heldout[0])
     assert len(heldout) > 10 and heldout == lines[first:first + len(heldout)] and first + len(heldout) > 495
-    n = len(tokens["general"]) // 129 - len(held["general"])
-    epochs = [[tuple(streams["general"](i)) for i in range(n * epoch, n * epoch + n)] for epoch in (0, 1)]
+    n = len(tokens) // 129 - len(held)
+    epochs = [[tuple(row(i)) for i in range(n * epoch, n * epoch + n)] for epoch in (0, 1)]
     assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == n                # each once
     trained_on = tokenizer.decode([token for line in epochs[0] for token in line])
     assert not any(line in trained_on for line in heldout) and lines[0] in trained_on
