@@ -59,27 +59,27 @@ def open_stream(name, files, args, tokenizer):
     else:
         parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
         tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
-    n_rows = len(tokens) // (args.context + 1)
-    if n_rows < 2:
-        raise ValueError(f"{len(tokens)} {name} tokens are too few for a training and a held-out row of "
-                         f"{args.context + 1}: give more text, or a smaller --context")
-    rows = tokens[:n_rows * (args.context + 1)].reshape(n_rows, args.context + 1)
-    n_heldout = min(64, math.ceil(n_rows / 20))                     # the last rows
+    width = args.context + 1
+    rows = tokens[:len(tokens) // width * width].reshape(-1, width)
+    if len(rows) < 2:
+        raise ValueError(f"{len(tokens)} {name} tokens are too few for a training and a held-out row of {width}: "
+                         "give more text, or a smaller --context")
+    n_heldout = min(64, math.ceil(len(rows) / 20))                  # the last rows
     training = np.random.default_rng(args.seed).permutation(rows[:-n_heldout])
-    # after the last row it begins again
+    # wrap: after the last row it begins again
     return functools.partial(np.take, training, axis=0, mode="wrap"), rows[-n_heldout:], tokens
 
 
 def make_batch(streams, args, rank, world_size, step):
     """A pure function of its arguments, so that a resumed run reads the same rows. Together, the ranks read the rows
     that one process alone would read. -> (batch / world_size, context + 1) int64"""
-    constant, share, rows = constant_steps(args), args.batch // world_size, []
+    share, rows = args.batch // world_size, []
     # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
     is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
     for i in range(rank * share, (rank + 1) * share):
-        if step >= constant and is_math[i] and "math" in streams:
+        if step >= args.constant_steps and is_math[i] and "math" in streams:
             # counted from the cooldown's first row on, so that none is left out
-            rows.append(streams["math"]((step - constant) * args.batch + i))
+            rows.append(streams["math"]((step - args.constant_steps) * args.batch + i))
         else:
             rows.append(streams["general"](step * args.batch + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -87,16 +87,10 @@ def make_batch(streams, args, rank, world_size, step):
 # -----------------------------------------------------------------------------
 # the schedule, and what it costs: functions of the step alone
 
-def constant_steps(args):
-    """Steps before the cooldown, warm-up included."""
-    return args.steps - round(args.steps * args.cooldown)
-
-
 def learning_rate(args, step):
-    """Warm-up over args.warmup steps from args.start on, constant args.lr, then linearly to zero over the share
-    args.cooldown of args.steps (SmolLM's trapezoid)."""
+    """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
     up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
-    down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))    # 1 until the cooldown
+    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant_steps))     # 1 until the cooldown
     return args.lr * min(up, down)
 
 
@@ -113,7 +107,7 @@ def growth_plan(args):
     """[(first step, depth), ...]: one entry for a run that has its full depth from the first step on."""
     if args.method not in METHODS:
         return [(0, args.layers)]
-    return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
+    return depth_schedule(args.constant_steps, args.layers, args.block, args.alpha)
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
@@ -131,12 +125,9 @@ def model_config(args, tokenizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch's works
-    in bfloat16, which is slow on a CPU: this one is in float32, and takes all matrices of a group, which are of one
-    shape, in one product."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch.optim's
+    works in bfloat16, which is slow on a CPU: this one is in float32, and takes all matrices of a group, which are of
+    one shape, in one product."""
 
     @torch.no_grad()
     def step(self):
@@ -174,26 +165,20 @@ def make_optimizers(model, args):
     muon = [{"params": params, "weight_decay": args.weight_decay, "share": 1.0} for params in shapes.values()]
     adamw = [{"params": embedding, "weight_decay": args.weight_decay, "share": args.embed_share},
              {"params": gains, "weight_decay": 0.0, "share": args.embed_share}]
-    return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
-
-
-def compiles(args):
-    """Whether the layers are compiled: by default where there is a compiler, and the run is long enough to win the time
-    back. Not on MPS."""
-    if args.compile != "auto":
-        return args.compile == "on"
-    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc")    # Triton takes C
-    return args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
+    return [Muon(muon, {"lr": args.lr, "momentum": 0.95}), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def prepare(model, args):
     """-> the model as training calls it, anew after each growth: compiled layer by layer, in DDP if there are several
     processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
-    if compiles(args):
+    # by default where there is a compiler (on a GPU, Triton takes C), in a run that is long enough to win the time back
+    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc")
+    pays = args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
+    if args.compile == "on" or (args.compile == "auto" and pays):
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
         for layer in model.layers:
             layer.compile(dynamic=False)
-        if model.embed.weight.is_cuda:
+        if args.device.startswith("cuda"):
             model.loss.compile(dynamic=False)           # the logits in float32 are the largest tensor there
     if dist.is_initialized():
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -225,7 +210,7 @@ def make_parser():
     # the schedule; --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
-    add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 0.0001)")
+    add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
     # with the layers' rate for the embedding, looking things up was learned late, and on some seeds never (RESULTS.md)
     add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
@@ -234,7 +219,7 @@ def make_parser():
     add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
-    add("--data", nargs="+", action="extend", metavar="FILE", help=".txt .md .jsonl .jsonl.gz .bin (default: the world)")
+    add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl or tokens (default: the built-in world)")
     add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
@@ -251,20 +236,19 @@ def make_parser():
 
 
 def read_args():
-    """-> args, and the model and checkpoint that the run starts from, None and {} of a new model."""
+    """-> args, and the model and checkpoint that the run starts from: None and {} for a new model"""
     args, given = read_options(make_parser(), EXCLUDES, requires={"data": ("field",)})
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
+    # 1. what the run starts from
     latest, model, checkpoint = os.path.join(args.out, "ckpt.pt"), None, {}
-    if args.resume and not os.path.exists(latest):      # a new run would hide a mistyped name
-        runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
-        raise ValueError(f"there is no run in {args.out}; runs: {', '.join(runs) or 'none'}")
-    if args.resume or args.init:
+    if args.init or (args.resume and os.path.exists(latest)):
         model, checkpoint = load_checkpoint(latest if args.resume else args.init)
     run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
-        if not run:
-            raise ValueError(f"{latest} is a model, not a run: train it on with --init")
+        if not run:                         # a new run would hide a mistyped name
+            runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
+            raise ValueError(f"there is no run in {args.out} (a model is for --init); runs: {', '.join(runs) or 'none'}")
         for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
             if getattr(args, name) != run[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
@@ -272,10 +256,8 @@ def read_args():
             args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
     args.device = pick_device(args.device)
     path = path_of(args, model.config if model else None)
-    if model and path:
-        model.config.path = path
 
-    # where a value comes from: each of these counts more than those before it, the parser's defaults
+    # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
     values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
     if args.device.startswith("cuda"):
         values.update(CUDA)
@@ -284,12 +266,14 @@ def read_args():
     if path:
         values.update(method="looped", layers=len(path))
     if model:
+        model.config.path = path or model.config.path
         values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
                       context=min(512, model.config.context))
     values.update(run)
     if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
+    args.constant_steps = args.steps - round(args.steps * args.cooldown)        # warm-up included
     if not args.resume:
         check(args, given, path, model, checkpoint)
     return args, model, checkpoint
@@ -307,7 +291,7 @@ def check(args, given, path, model, checkpoint):
         raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     if args.method == "baseline" and given & {"block", "alpha"}:
         raise ValueError("--block and --alpha go with a --method that grows")
-    if given & {"math", "math_share"} and (constant_steps(args) == args.steps or bool(args.math) != bool(args.data)):
+    if given & {"math", "math_share"} and (args.constant_steps == args.steps or bool(args.math) != bool(args.data)):
         raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
@@ -321,16 +305,13 @@ QUESTIONS = 64      # of each number of hops: a standard error of 6 points at mo
 class Run:
     """What a run prints, keeps and saves: on the first process only, where there are several."""
 
-    def __init__(self, args, config, tokenizer, heldout, kept, checkpoint, first):
-        # kept: what its checkpoints have besides; checkpoint: that it starts from
+    def __init__(self, args, config, tokenizer, heldout, kept, log, first):
+        # kept: what its checkpoints have besides; log: of the run that goes on
         self.args, self.tokenizer, self.heldout, self.kept, self.first = args, tokenizer, heldout, kept, first
         # the log gives shares of what a plain model of full depth costs that takes all these steps
         self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
-        log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in checkpoint.get("log", [])]
-        # at the last report
-        self.step, self.flops, self.time = checkpoint.get("step", 0), log[-1]["flops"] if log else 0, time.perf_counter()
-        # of --init, the line of its first step comes anew
-        self.log = [row for row in log if args.resume or row["step"] < self.step]
+        self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log]
+        self.time = time.perf_counter()         # of the last report
 
     @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
     def report(self, model, step, loss=None, path=None):
@@ -339,11 +320,11 @@ class Run:
         if not self.first:
             return
         # as a row: what was trained since the last one, held-out losses, accuracy by hops in the built-in world
-        args, depth, steps = self.args, len(model.config.resolve_path()), step - self.step      # at this depth
-        seconds = time.perf_counter() - self.time
-        self.flops += training_flops(model.config, steps * args.batch, args.context, depth)
-        row = {"step": step, "loss": loss, "depth": depth, "lr": learning_rate(args, step), "flops": self.flops,
-               "flops_share": self.flops / self.plain_flops}
+        args, depth, last = self.args, len(model.config.resolve_path()), self.log[-1] if self.log else {}
+        steps, seconds = step - last.get("step", 0), time.perf_counter() - self.time        # at this depth
+        flops = last.get("flops", 0) + training_flops(model.config, steps * args.batch, args.context, depth)
+        row = {"step": step, "loss": loss, "depth": depth, "lr": learning_rate(args, step), "flops": flops,
+               "flops_share": flops / self.plain_flops}
         for name, rows in self.heldout.items():
             row[f"loss {name}"] = estimate_loss(model, rows)            # nats per token
         for task in evaluate.HOPS if not args.data else []:
@@ -361,11 +342,11 @@ class Run:
         if hops:
             parts.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
         if steps:
-            row["tokens_per_second"] = steps * args.batch * args.context / seconds
-            parts.append(f"{row['tokens_per_second'] / 1e3:.1f}k tok/s")
+            parts.append(f"{steps * args.batch * args.context / seconds / 1e3:.1f}k tok/s")
         tqdm.write("  ".join([*parts, f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]))
-        self.log.append({**row, "growth": path} if path else row)
-        self.step, self.time = step, time.perf_counter()        # evaluation is not training
+        if steps or path or not self.log:       # --init: the line of the run that goes on stays
+            self.log.append({**row, "growth": path} if path else row)
+        self.time = time.perf_counter()         # evaluation is not training
 
     def save(self, name, model, optimizers, step):
         if not self.first:
@@ -378,7 +359,7 @@ class Run:
 
 
 def own_folder(folder):
-    """Makes the folder, for one process at a time -> a lock, until it is closed or the process ends, even by kill -9."""
+    """Makes the folder, for one process at a time -> a lock, until it is closed or the process ends, or is killed."""
     os.makedirs(folder, exist_ok=True)
     # SQLite locks files on every system; nothing is ever written to this one
     lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)
@@ -400,7 +381,6 @@ def start_processes(args):
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     return rank, world_size
 
-# -----------------------------------------------------------------------------
 
 def main():
     args, model, checkpoint = read_args()
@@ -431,11 +411,10 @@ def main():
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     # 3. what the first process prints and keeps
     kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
-    run = Run(args, model.config, tokenizer, heldout, kept, checkpoint, first=rank == 0)
+    run = Run(args, model.config, tokenizer, heldout, kept, checkpoint.get("log", []), first=rank == 0)
     if rank == 0:
-        fresh = "" if "optimizers" in checkpoint else ", a fresh optimizer"
-        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}, "
-                   f"layers {'' if compiles(args) else 'not '}compiled{fresh}")
+        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}"
+                   + ("" if "optimizers" in checkpoint else ", with a fresh optimizer"))
     if not args.resume:
         run.report(model, start)
     # 4. training; whatever can be refused has been refused before the folder is made
@@ -459,8 +438,9 @@ def main():
 def train(args, model, optimizers, make, start, run):
     """The loop, from step `start` on. make: gives the batch of a step. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
-    constant, grows_at = constant_steps(args), {step for step, _ in growth_plan(args)[1:]}
-    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant} | grows_at
+    grows_at = {step for step, _ in growth_plan(args)[1:]}
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | grows_at
+    report_steps.add(args.constant_steps)
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
@@ -500,7 +480,7 @@ def train(args, model, optimizers, make, start, run):
             run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
         if done in report_steps:
-            if done == constant:
+            if done == args.constant_steps:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
     return model
