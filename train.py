@@ -46,13 +46,13 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
 # data
 
 def open_stream(name, files, args, tokenizer):
-    """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows; the
-    tokens that tell whether the text has changed."""
+    """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows
+    (n, context + 1); the tokens that tell whether the text has changed."""
     if not files:                           # the built-in world is made as it is read
         row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
         heldout = np.stack([row(True, 0, number) for number in range(64)])      # the same for all seeds
         row = functools.partial(row, False, args.seed)
-        return row, heldout, np.stack([row(0), *heldout])
+        return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     if args.resume:                         # the run's folder has a copy: its files may have moved
         tokens = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
@@ -62,12 +62,11 @@ def open_stream(name, files, args, tokenizer):
     width = args.context + 1
     rows = tokens[:len(tokens) // width * width].reshape(-1, width)
     if len(rows) < 2:
-        raise ValueError(f"{len(tokens)} {name} tokens are too few for a training and a held-out row of {width}: "
-                         "give more text, or a smaller --context")
+        raise ValueError(f"{len(tokens)} {name} tokens are too few: give more text, or a smaller --context")
     n_heldout = min(64, math.ceil(len(rows) / 20))                  # the last rows
+    heldout = torch.from_numpy(rows[-n_heldout:].astype(np.int32))
     training = np.random.default_rng(args.seed).permutation(rows[:-n_heldout])
-    # wrap: after the last row it begins again
-    return functools.partial(np.take, training, axis=0, mode="wrap"), rows[-n_heldout:], tokens
+    return functools.partial(np.take, training, axis=0, mode="wrap"), heldout, tokens       # wrap: begins again
 
 
 def make_batch(streams, args, rank, world_size, step):
@@ -77,9 +76,9 @@ def make_batch(streams, args, rank, world_size, step):
     # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
     is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
     for i in range(rank * share, (rank + 1) * share):
-        if step >= args.constant_steps and is_math[i] and "math" in streams:
+        if step >= args.constant and is_math[i] and "math" in streams:
             # counted from the cooldown's first row on, so that none is left out
-            rows.append(streams["math"]((step - args.constant_steps) * args.batch + i))
+            rows.append(streams["math"]((step - args.constant) * args.batch + i))
         else:
             rows.append(streams["general"](step * args.batch + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -90,7 +89,7 @@ def make_batch(streams, args, rank, world_size, step):
 def learning_rate(args, step):
     """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
     up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
-    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant_steps))     # 1 until the cooldown
+    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant))     # 1 until the cooldown
     return args.lr * min(up, down)
 
 
@@ -102,13 +101,6 @@ def training_flops(config, rows, context, depth):
     attention = 4 * config.n_embd * context // 2        # q k^T and its product with v, of half a row on average
     return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
-
-def growth_plan(args):
-    """[(first step, depth), ...]: one entry for a run that has its full depth from the first step on."""
-    if args.method not in METHODS:
-        return [(0, args.layers)]
-    return depth_schedule(args.constant_steps, args.layers, args.block, args.alpha)
-
 # -----------------------------------------------------------------------------
 # the model and its optimizer
 
@@ -117,17 +109,15 @@ def model_config(args, tokenizer):
     path, n_vocab = path_of(args), tokenizer.n_vocab
     if args.device != "cpu":        # a GPU's matrix products are fast for sizes that are multiples of 64
         n_vocab = math.ceil(n_vocab / 64) * 64
-    n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
+    n_layer = max(path) + 1 if path else args.stages[0][1]    # a loop stores fewer layers than it visits
     d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
     return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads or args.heads,
-                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers,
-                     eot=tokenizer.eot)
+                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch.optim's
-    works in bfloat16, which is slow on a CPU: this one is in float32, and takes all matrices of a group, which are of
-    one shape, in one product."""
+    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch's own
+    is in bfloat16, slow on a CPU. This one is in float32 and takes a group's matrices, of one shape, in one product."""
 
     @torch.no_grad()
     def step(self):
@@ -154,18 +144,17 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
-    With AdamW alone looking things up was learned late, and on some seeds never (RESULTS.md)."""
-    shapes = {}
-    for p in model.layers.parameters():
-        if p.dim() == 2:
-            shapes.setdefault(p.shape, []).append(p)
+    With AdamW alone, or an embedding at the layers' rate, looking things up was learned late or never (RESULTS.md)."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     embedding = list(dict.fromkeys((model.embed.weight, model.head.weight)))    # once, where both are one matrix
     gains = [p for p in model.parameters() if p.dim() < 2]
     # share: of the learning rate, which the loop sets in each step
-    muon = [{"params": params, "weight_decay": args.weight_decay, "share": 1.0} for params in shapes.values()]
+    muon = [{"params": [p for p in matrices if p.shape == shape], "weight_decay": args.weight_decay, "share": 1.0}
+            for shape in dict.fromkeys(p.shape for p in matrices)]
     adamw = [{"params": embedding, "weight_decay": args.weight_decay, "share": args.embed_share},
              {"params": gains, "weight_decay": 0.0, "share": args.embed_share}]
-    return [Muon(muon, {"lr": args.lr, "momentum": 0.95}), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
+    return [Muon(muon, {"lr": args.lr, "momentum": 0.95}),
+            torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def prepare(model, args):
@@ -187,9 +176,10 @@ def prepare(model, args):
 # -----------------------------------------------------------------------------
 # arguments
 
+QUESTIONS = 64      # of each number of hops, at a log line: a standard error of 6 points at most
 DEPTH = ("method", "layers", "block", "alpha")
-EXCLUDES = {    # an option: those that it decides already
-    "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
+# an option: those that it decides already
+EXCLUDES = {"loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
 # the defaults of a GPU, where those of the parser are a CPU's
 CUDA = {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000, "cooldown": 0.2}
 
@@ -211,15 +201,13 @@ def make_parser():
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
     add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
-    # with the layers' rate for the embedding, looking things up was learned late, and on some seeds never (RESULTS.md)
     add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
     add("--cooldown", type=between(0, 1), default=0.25, help="share of all steps (default: 0.25; CUDA: 0.2)")
-    # the usual 0.1 makes small models copy later
-    add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01)")
+    add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01; 0.1 delays copying)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
-    add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl or tokens (default: the built-in world)")
+    add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl, .bin (default: the built-in world)")
     add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
@@ -242,13 +230,14 @@ def read_args():
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
     # 1. what the run starts from
     latest, model, checkpoint = os.path.join(args.out, "ckpt.pt"), None, {}
-    if args.init or (args.resume and os.path.exists(latest)):
-        model, checkpoint = load_checkpoint(latest if args.resume else args.init)
+    source = latest if args.resume else args.init
+    if source and (not args.resume or os.path.exists(latest)):
+        model, checkpoint = load_checkpoint(source)
     run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
         if not run:                         # a new run would hide a mistyped name
             runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
-            raise ValueError(f"there is no run in {args.out} (a model is for --init); runs: {', '.join(runs) or 'none'}")
+            raise ValueError(f"there is no run in {args.out} (models: --init); runs: {', '.join(runs) or 'none'}")
         for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
             if getattr(args, name) != run[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
@@ -256,7 +245,6 @@ def read_args():
             args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
     args.device = pick_device(args.device)
     path = path_of(args, model.config if model else None)
-
     # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
     values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
     if args.device.startswith("cuda"):
@@ -273,7 +261,10 @@ def read_args():
     if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
-    args.constant_steps = args.steps - round(args.steps * args.cooldown)        # warm-up included
+    # 3. what follows from them: the steps before the cooldown, and when the model has which depth
+    args.constant, args.stages = args.steps - round(args.steps * args.cooldown), [(0, args.layers)]
+    if args.method in METHODS:
+        args.stages = depth_schedule(args.constant, args.layers, args.block, args.alpha)
     if not args.resume:
         check(args, given, path, model, checkpoint)
     return args, model, checkpoint
@@ -291,16 +282,13 @@ def check(args, given, path, model, checkpoint):
         raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     if args.method == "baseline" and given & {"block", "alpha"}:
         raise ValueError("--block and --alpha go with a --method that grows")
-    if given & {"math", "math_share"} and (args.constant_steps == args.steps or bool(args.math) != bool(args.data)):
+    if given & {"math", "math_share"} and (args.constant == args.steps or bool(args.math) != bool(args.data)):
         raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
 # -----------------------------------------------------------------------------
 # what a run prints and keeps
-
-QUESTIONS = 64      # of each number of hops: a standard error of 6 points at most
-
 
 class Run:
     """What a run prints, keeps and saves: on the first process only, where there are several."""
@@ -315,8 +303,7 @@ class Run:
 
     @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
     def report(self, model, step, loss=None, path=None):
-        """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
-        just grown, before it is trained. Raises ValueError when training has gone wrong."""
+        """One line, one row of the log. loss: mean since the last one; path: along which the model has just grown."""
         if not self.first:
             return
         # as a row: what was trained since the last one, held-out losses, accuracy by hops in the built-in world
@@ -349,13 +336,12 @@ class Run:
         self.time = time.perf_counter()         # evaluation is not training
 
     def save(self, name, model, optimizers, step):
-        if not self.first:
-            return
-        states, file = [optimizer.state_dict() for optimizer in optimizers], os.path.join(self.args.out, name)
-        save_checkpoint(file, model, heldout=self.heldout, args=vars(self.args), step=step, log=self.log,
-                        optimizers=states, **self.kept)
-        lines = [json.dumps(row).encode() + b"\n" for row in self.log]
-        save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
+        if self.first:
+            states, file = [optimizer.state_dict() for optimizer in optimizers], os.path.join(self.args.out, name)
+            save_checkpoint(file, model, heldout=self.heldout, args=vars(self.args), step=step, log=self.log,
+                            optimizers=states, **self.kept)
+            lines = [json.dumps(row).encode() + b"\n" for row in self.log]
+            save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
 
 
 def own_folder(folder):
@@ -371,8 +357,7 @@ def own_folder(folder):
 
 
 def start_processes(args):
-    """-> rank, world_size: 0, 1 without torchrun"""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun sets them
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
@@ -404,8 +389,7 @@ def main():
     streams, heldout, texts = {}, {}, {}
     for name, files in (("general", args.data), ("math", args.math)):
         if files or not args.data:
-            streams[name], held, texts[name] = open_stream(name, files, args, tokenizer)
-            heldout[name] = torch.from_numpy(held.astype(np.int32))         # (rows, context + 1)
+            streams[name], heldout[name], texts[name] = open_stream(name, files, args, tokenizer)
     checksums = {name: zlib.crc32(text) for name, text in texts.items()}
     if args.resume and checksums != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
@@ -413,8 +397,8 @@ def main():
     kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
     run = Run(args, model.config, tokenizer, heldout, kept, checkpoint.get("log", []), first=rank == 0)
     if rank == 0:
-        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} tokens on {args.device}"
-                   + ("" if "optimizers" in checkpoint else ", with a fresh optimizer"))
+        optimizer = "its optimizer" if "optimizers" in checkpoint else "a fresh optimizer"
+        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} on {args.device}, {optimizer}")
     if not args.resume:
         run.report(model, start)
     # 4. training; whatever can be refused has been refused before the folder is made
@@ -429,7 +413,6 @@ def main():
         dist.destroy_process_group()
     # 5. a sample
     if rank == 0:
-        torch.manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):
             sample = complete(model, tokenizer, "", 80, temperature=0.8)
         print(f"\na sample:\n{sample}\n\nsaved {args.out}/ckpt.pt; next: python evaluate.py {args.out}/ckpt.pt")
@@ -438,9 +421,8 @@ def main():
 def train(args, model, optimizers, make, start, run):
     """The loop, from step `start` on. make: gives the batch of a step. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
-    grows_at = {step for step, _ in growth_plan(args)[1:]}
-    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | grows_at
-    report_steps.add(args.constant_steps)
+    grows_at = {step for step, _ in args.stages[1:]}
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | grows_at | {args.constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
@@ -480,7 +462,7 @@ def train(args, model, optimizers, make, start, run):
             run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
         if done in report_steps:
-            if done == args.constant_steps:
+            if done == args.constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
     return model

@@ -48,7 +48,7 @@ def fork(*command):
 
 
 def arguments(**changes):
-    return Namespace(**{**dict(method="lidas", layers=8, block=2, alpha=1.0, steps=100, start=0, constant_steps=80, lr=1.0,
+    return Namespace(**{**dict(method="lidas", layers=8, block=2, alpha=1.0, steps=100, start=0, constant=80, lr=1.0,
                                warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
 
 
