@@ -89,7 +89,7 @@ def make_batch(streams, args, rank, world_size, step):
 def learning_rate(args, step):
     """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
     up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
-    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant))     # 1 until the cooldown
+    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant))   # 1 until the cooldown
     return args.lr * min(up, down)
 
 
@@ -109,7 +109,7 @@ def model_config(args, tokenizer):
     path, n_vocab = path_of(args), tokenizer.n_vocab
     if args.device != "cpu":        # a GPU's matrix products are fast for sizes that are multiples of 64
         n_vocab = math.ceil(n_vocab / 64) * 64
-    n_layer = max(path) + 1 if path else args.stages[0][1]    # a loop stores fewer layers than it visits
+    n_layer = max(path) + 1 if path else args.stages[0][1]          # a loop stores fewer layers than it visits
     d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
     return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads or args.heads,
                      n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers)
@@ -243,7 +243,7 @@ def read_args():
                 raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
         if "device" not in given and run["device"].split(":")[0] in ("cpu", pick_device()):
             args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device)      # auto: the best one here
     path = path_of(args, model.config if model else None)
     # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
     values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
@@ -252,12 +252,12 @@ def read_args():
     if args.data:
         values.update(embed_share=1.0)          # a large vocabulary is learned faster so
     if path:
-        values.update(method="looped", layers=len(path))
+        values.update(method="looped", layers=len(path))        # depth counts visits
     if model:
         model.config.path = path or model.config.path
         values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
                       context=min(512, model.config.context))
-    values.update(run)
+    values.update(run)                          # all of them, where the run is not empty
     if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
@@ -299,7 +299,7 @@ class Run:
         # the log gives shares of what a plain model of full depth costs that takes all these steps
         self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
         self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log]
-        self.time = time.perf_counter()         # of the last report
+        self.time = time.perf_counter()     # of the last report
 
     @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
     def report(self, model, step, loss=None, path=None):
@@ -337,18 +337,16 @@ class Run:
 
     def save(self, name, model, optimizers, step):
         if self.first:
-            states, file = [optimizer.state_dict() for optimizer in optimizers], os.path.join(self.args.out, name)
-            save_checkpoint(file, model, heldout=self.heldout, args=vars(self.args), step=step, log=self.log,
-                            optimizers=states, **self.kept)
+            save_checkpoint(os.path.join(self.args.out, name), model, heldout=self.heldout, args=vars(self.args),
+                            step=step, log=self.log, optimizers=[part.state_dict() for part in optimizers], **self.kept)
             lines = [json.dumps(row).encode() + b"\n" for row in self.log]
             save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
 
 
 def own_folder(folder):
-    """Makes the folder, for one process at a time -> a lock, until it is closed or the process ends, or is killed."""
+    """Makes the folder -> its lock: SQLite's, which on every system ends with the process, also when it is killed."""
     os.makedirs(folder, exist_ok=True)
-    # SQLite locks files on every system; nothing is ever written to this one
-    lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)
+    lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)       # stores nothing
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
@@ -370,14 +368,14 @@ def start_processes(args):
 def main():
     args, model, checkpoint = read_args()
     rank, world_size = start_processes(args)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")      # TF32, on a GPU
     # 1. the model, and its optimizers
     spec = args.encoding or ("gpt2" if args.data else evaluate.world_spec())
     if checkpoint:
         spec = checkpoint["tokenizer"] or args.encoding
     tokenizer = get_tokenizer(spec)
     torch.manual_seed(args.seed)
-    model = (model or GPT(model_config(args, tokenizer))).to(args.device)
+    model = (model or GPT(model_config(args, tokenizer))).to(args.device)       # --resume and --init have brought one
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
     model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
@@ -390,7 +388,7 @@ def main():
     for name, files in (("general", args.data), ("math", args.math)):
         if files or not args.data:
             streams[name], heldout[name], texts[name] = open_stream(name, files, args, tokenizer)
-    checksums = {name: zlib.crc32(text) for name, text in texts.items()}
+    checksums = {name: zlib.crc32(text) for name, text in texts.items()}        # for --resume
     if args.resume and checksums != checkpoint["data"]:
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     # 3. what the first process prints and keeps
@@ -405,7 +403,7 @@ def main():
     batches = functools.partial(make_batch, streams, args, rank, world_size)
     with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and not args.resume:
-            for name in texts:
+            for name in texts if args.data else []:
                 save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
             run.save("ckpt.pt", model, optimizers, start)
         model = train(args, model, optimizers, batches, start, run)
@@ -434,7 +432,7 @@ def train(args, model, optimizers, make, start, run):
         rate = learning_rate(args, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * rate
+                group["lr"] = group["share"] * rate         # share: see make_optimizers
         # 2. forward and backward
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
         with autocast:
