@@ -17,15 +17,14 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
 """
 import argparse
 import contextlib
-import datetime
 import functools
 import gc
-import importlib.util
+import glob
 import json
 import math
 import os
-import pathlib
 import shutil
+import sqlite3
 import time
 import zlib
 
@@ -44,29 +43,33 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
 # -----------------------------------------------------------------------------
-# data: a stream gives row `number`, (context + 1) token ids; a batch is a pure function of (seed, step, rank)
+# data
 
-def read_tokens(args, tokenizer):
-    """The tokens of --data and --math -> {"general": (n,), "math": (n,)}, or {} of the built-in world. Every process
-    has all of them in memory, 2 bytes each (4 of a large vocabulary)."""
-    files, tokens = {"general": args.data, "math": args.math}, {}
+def open_stream(name, files, args, tokenizer):
+    """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows
+    (n, context + 1); the tokens that tell whether the text has changed."""
+    if not files:                           # the built-in world is made as it is read
+        row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
+        heldout = np.stack([row(True, 0, number) for number in range(64)])      # the same for all seeds
+        row = functools.partial(row, False, args.seed)
+        return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    for name in files:
-        if files[name] and args.resume:         # the run's folder has them: its files may have moved
-            tokens[name] = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
-        elif files[name]:
-            parts = evaluate.encode_files(files[name], tokenizer, args.field)
-            # the empty one: there may be no document
-            tokens[name] = np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
-    return tokens
+    if args.resume:                         # the run's folder has a copy: its files may have moved
+        tokens = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
+    else:
+        parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
+        tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
+    training, heldout = split_rows(tokens, tokenizer.eot, args.context + 1)
+    if not len(training) or not len(heldout):
+        raise ValueError(f"{len(tokens)} {name} tokens are too few: give more text, or a smaller --context")
+    training = np.random.default_rng(args.seed).permutation(training)
+    row = functools.partial(np.take, training, axis=0, mode="wrap")         # wrap: begins again after the last one
+    return row, torch.from_numpy(heldout.astype(np.int32)), tokens
 
 
 def split_rows(tokens, eot, width):
-    """tokens (n,) -> training rows, held-out rows, (rows, width) each.
-
-    The last 64 rows (or a twentieth, if fewer) are held out. The cut moves forward to the beginning of a document, if
-    one begins in the first half of them, so that no document stands in both parts.
-    """
+    """tokens (n,) -> training rows, held-out rows, (rows, width) each: the last 64, or a twentieth. No document stands
+    in both, if one begins in the first half of these."""
     n_heldout = min(64, math.ceil(len(tokens) / width / 20))        # rows
     cut = max(0, len(tokens) - n_heldout * width)
     begins = np.flatnonzero(tokens[cut:cut + n_heldout * width // 2] == eot)
@@ -74,190 +77,117 @@ def split_rows(tokens, eot, width):
     return [part[:len(part) // width * width].reshape(-1, width) for part in (tokens[:cut], tokens[cut:])]
 
 
-def file_row(rows, seed, number):
-    """In each epoch the rows (n, context + 1) have another order: every row comes once before any comes twice."""
-    epoch, place = divmod(number, len(rows))
-    return rows[permutation(len(rows), seed, epoch)[place]]
-
-
-@functools.lru_cache(maxsize=4)         # of two streams, at the end of an epoch and at the beginning of the next
-def permutation(n, *seed):
-    return np.random.default_rng(seed).permutation(n)
-
-
-def open_streams(args, tokenizer, tokens):
-    """-> streams, held-out rows, checksums: three dicts by name, "general" and "math" """
-    streams, heldout, data = {}, {}, {}
-    for name in tokens or evaluate.STREAMS:
-        if tokens:
-            rows, held = split_rows(tokens[name], tokenizer.eot, args.context + 1)
-            if not len(rows) or not len(held):
-                raise ValueError(f"{len(tokens[name])} {name} tokens are too few for training and held-out rows of "
-                                 f"{args.context + 1}: give more text, or a smaller --context")
-            streams[name] = functools.partial(file_row, rows, args.seed)
-            data[name] = zlib.crc32(tokens[name])       # --resume compares it: the data must not have changed
-        else:                           # the built-in world is made as it is read
-            row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
-            streams[name] = functools.partial(row, heldout=False, seed=args.seed)
-            held = np.stack([row(heldout=True, seed=0, number=i) for i in range(64)])   # the same for all seeds
-            data[name] = zlib.crc32(streams[name](number=0), zlib.crc32(held.astype(np.int32)))
-        heldout[name] = torch.from_numpy(held.astype(np.int32))     # (rows, context + 1)
-    return streams, heldout, data
-
-
-class Batches(torch.utils.data.Dataset):
-    """Batch number `step`: a pure function of (seed, step, rank), so that a resumed run reads the same rows.
-    Together, the ranks read the rows that one process alone would read. In the cooldown a row is math with chance
-    args.math_share, where there is math."""
-
-    def __init__(self, streams, args, rank=0, world_size=1):
-        self.streams, self.args = streams, args
-        self.my_rows = range(rank * args.batch // world_size, (rank + 1) * args.batch // world_size)    # of each batch
-
-    def __getitem__(self, step):
-        """-> (batch / world_size, context + 1) int64"""
-        args, constant = self.args, constant_steps(self.args)
-        share = args.math_share if step >= constant and "math" in self.streams else 0.0
-        # which rows are math is drawn for all ranks, so that each finds its own
-        is_math = np.random.default_rng((args.seed, step)).random(args.batch) < share
-        rows = []
-        for i in self.my_rows:
-            # math is counted from the cooldown's first row on, so that none repeats within an epoch
-            name, first = ("math", constant) if is_math[i] else ("general", 0)
-            rows.append(self.streams[name](number=(step - first) * args.batch + i))
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+def make_batch(streams, args, rank, world_size, step):
+    """A pure function of its arguments, so that a resumed run reads the same rows. Together, the ranks read the rows
+    that one process alone would read. -> (batch / world_size, context + 1) int64"""
+    share, rows = args.batch // world_size, []
+    # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
+    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
+    for i in range(rank * share, (rank + 1) * share):
+        if step >= args.constant and is_math[i] and "math" in streams:
+            # counted from the cooldown's first row on, so that none is left out
+            rows.append(streams["math"]((step - args.constant) * args.batch + i))
+        else:
+            rows.append(streams["general"](step * args.batch + i))
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # -----------------------------------------------------------------------------
 # the schedule, and what it costs: functions of the step alone
 
-def constant_steps(args):
-    """Steps before the cooldown, warm-up included."""
-    return args.steps - round(args.steps * args.cooldown)
-
-
 def learning_rate(args, step):
-    """Warm-up over args.warmup steps from args.start on, constant args.lr, then linearly to zero over the share
-    args.cooldown of args.steps (SmolLM's trapezoid)."""
+    """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
     up = min(1.0, (step - args.start + 1) / max(1, args.warmup))    # counted from where this run begins
-    down = min(1.0, (args.steps - step) / max(1, args.steps - constant_steps(args)))    # 1 until the cooldown
+    down = min(1.0, (args.steps - step) / max(1, args.steps - args.constant))   # 1 until the cooldown
     return args.lr * min(up, down)
 
 
 def training_flops(config, rows, context, depth):
-    """Floating point operations to train on rows of `context` tokens: a backward pass counts as two forward passes.
-
-    Counted per *visit*: a layer visited twice costs as much as two layers. Per token and forward pass: 2 per weight of
-    a matrix product (layers and output head, not the embedding's look-up), and 4 * n_embd * context / 2 for causal
-    attention's two products.
-    """
+    """Floating point operations to train on rows of `context` tokens; a backward pass counts as two forward passes, a
+    layer once per visit. Forward: 2 per token and weight of a matrix product (not of the embedding's look-up)."""
     qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
     layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff      # weights: q, k, v; proj; gate, up, down
-    attention = 4 * config.n_embd * context // 2        # a token sees half of the row on average
+    attention = 4 * config.n_embd * context // 2        # q k^T and its product with v, of half a row on average
     return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
-
-
-def growth_plan(args):
-    """[(first step, depth), ...]: one entry for a run that has its full depth from the first step on."""
-    if args.method not in METHODS:
-        return [(0, args.layers)]
-    return depth_schedule(constant_steps(args), args.layers, args.block, args.alpha)
 
 # -----------------------------------------------------------------------------
 # the model and its optimizer
 
-def model_config(args, n_vocab, eot):
+def model_config(args, tokenizer):
     """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
-    path = path_of(args)
+    path, n_vocab = path_of(args), tokenizer.n_vocab
     if args.device != "cpu":        # a GPU's matrix products are fast for sizes that are multiples of 64
         n_vocab = math.ceil(n_vocab / 64) * 64
-    n_layer = max(path) + 1 if path else growth_plan(args)[0][1]    # a loop stores fewer layers than it visits
+    n_layer = max(path) + 1 if path else args.stages[0][1]          # a loop stores fewer layers than it visits
     d_ff = math.ceil(args.width * 8 / 3 / 8) * 8                    # 8/3 of the width, rounded up to a multiple of 8
     return GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=args.heads, n_kv_head=args.kv_heads or args.heads,
-                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers, eot=eot)
+                     n_embd=args.width, d_ff=d_ff, context=args.context, path=path, init_depth=args.layers)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. It is scaled
-    by 0.2 * sqrt(the longer side), as in Moonlight (arXiv 2502.16982), to the size of an AdamW update, so that the
-    rates of both are of one scale. torch.optim.Muon works in bfloat16, which is slow on a CPU: this one is in
-    float32, with all matrices of one shape in one product."""
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch's own
+    is in bfloat16, slow on a CPU. This one is in float32 and takes a group's matrices, of one shape, in one product."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:           # matrices of one shape go through one product
-                shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                # 1. Nesterov's momentum: the average as it will be after another step along this gradient
-                for p in params:
-                    if not self.state[p]:       # the first step
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                averages = [self.state[p]["momentum"] for p in params]
-                grads = [p.grad for p in params]
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))   # (n, rows, columns)
-                # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
-                x = x.mT if rows > columns else x
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    gram = x @ x.mT
-                    x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
-                x = x.mT if rows > columns else x
-                # 3. the update
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_sub_(params, list(x), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
+            params, (rows, columns) = group["params"], group["params"][0].shape
+            # 1. Nesterov's momentum: the average as it will be after another step along this gradient
+            for p in params:
+                if not self.state[p]:       # the first step
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            averages, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+            torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+            x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))    # (n, rows, columns)
+            # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
+            x = x.mT if rows > columns else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315) @ x
+            x = x.mT if rows > columns else x
+            # 3. the update, of an AdamW update's size as in Moonlight (arXiv 2502.16982): both take one learning rate
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, list(x), alpha=0.2 * group["lr"] * max(rows, columns) ** 0.5)
 
 
 def make_optimizers(model, args):
     """Muon for the matrices of the layers, AdamW for the rest, with decay on matrices only, not on the gains of norms.
-    With AdamW alone, or an embedding that learns as fast as the layers, looking things up was learned late, and on some
-    seeds never (RESULTS.md)."""
+    With AdamW alone, or an embedding at the layers' rate, looking things up was learned late or never (RESULTS.md)."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     embedding = list(dict.fromkeys((model.embed.weight, model.head.weight)))    # once, where both are one matrix
     gains = [p for p in model.parameters() if p.dim() < 2]
     # share: of the learning rate, which the loop sets in each step
-    muon = [{"params": matrices, "weight_decay": args.weight_decay, "share": 1.0}]
+    muon = [{"params": [p for p in matrices if p.shape == shape], "weight_decay": args.weight_decay, "share": 1.0}
+            for shape in dict.fromkeys(p.shape for p in matrices)]
     adamw = [{"params": embedding, "weight_decay": args.weight_decay, "share": args.embed_share},
              {"params": gains, "weight_decay": 0.0, "share": args.embed_share}]
-    return [Muon(muon, lr=args.lr), torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
-
-
-def compiles(args):
-    """Whether the layers are compiled: where there is a compiler, on CUDA, and on the CPU for a run that is long enough
-    to win the time back. Not on MPS."""
-    if args.compile != "auto":
-        return args.compile == "on"
-    if args.device == "cpu":
-        return args.steps - args.start >= 500 and any(map(shutil.which, ("g++", "clang++", "cl")))
-    return (args.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
-            and any(map(shutil.which, ("gcc", "clang", "cc", "cl"))))
+    return [Muon(muon, {"lr": args.lr, "momentum": 0.95}),
+            torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def prepare(model, args):
-    """-> the model as training calls it, also after each growth: compiled layer by layer, and in DDP where there are
-    several processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
-    if compiles(args):
+    """-> the model as training calls it, anew after each growth: compiled layer by layer, in DDP if there are several
+    processes. A layer does not know where it stands, so growth and paths reuse the compiled code."""
+    # by default where there is a compiler (on a GPU, Triton takes C), in a run that is long enough to win the time back
+    compilers = ("g++", "clang++", "cl") if args.device == "cpu" else ("gcc", "clang", "cc")
+    pays = args.device != "mps" and args.steps - args.start >= 500 and any(map(shutil.which, compilers))
+    if args.compile == "on" or (args.compile == "auto" and pays):
         torch._dynamo.config.optimize_ddp = False       # DDP would cut each layer's graph in two
-        modules = list(model.layers)
-        if model.embed.weight.is_cuda:
-            modules.append(model.loss)                  # the logits in float32 are the largest tensor there
-        for module in modules:
-            module.compile(dynamic=False)
-    if not dist.is_initialized():
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        if args.device.startswith("cuda"):
+            model.loss.compile(dynamic=False)           # the logits in float32 are the largest tensor there
+    if dist.is_initialized():
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return model
 
 # -----------------------------------------------------------------------------
 # arguments
 
+QUESTIONS = 64      # of each number of hops, at a log line: a standard error of 6 points at most
 DEPTH = ("method", "layers", "block", "alpha")
-CONFLICTS = {   # options that another option decides already
-    "loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
-OF_THIS_START = {"device", "out", "resume"}         # not those of the run that --resume or --init goes on with
+# an option: those that it decides already
+EXCLUDES = {"loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
 # the defaults of a GPU, where those of the parser are a CPU's
 CUDA = {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "batch": 64, "steps": 2000, "cooldown": 0.2}
 
@@ -269,29 +199,23 @@ def make_parser():
     add("--method", choices=["baseline", *METHODS], default="lidas", help="lidas (default) is the paper's best")
     add("--layers", type=positive_int, default=8, help="depth at the end, in visits (default: 8; CUDA: 16)")
     add("--block", type=positive_int, default=2, help="layers per stage (default: 2; CUDA: 4, as in the papers)")
-    add("--alpha", type=between(0, 1000), default=0.0,
-        help="PROP-alpha: above 0 later stages get more steps (default: 0, so that blocks learn before being copied)")
+    add("--alpha", type=between(0, 1000), default=0.0, help="PROP-alpha: above 0 later stages are longer (default: 0)")
     add_path_options(parser)
     add("--width", type=positive_int, default=64, help="of the residual stream (default: 64; CUDA: 384)")
     add("--heads", type=positive_int, default=2, help="of attention, each at least 32 wide (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
-    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA: 512)")
-    # the schedule: --init of a model that is no run has other defaults
+    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA and --init: 512)")
+    # the schedule; --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
-    add("--lr", type=between(1e-12, 1000), default=3e-3,
-        help="of the constant phase (default: 0.003; at 0.0045 look-ups came later; --init of no run: 0.0001)")
-    add("--embed-share", type=between(0, 1000), default=0.3,
-        help="learning rate of embedding and norms, as a share of --lr (default: 0.3, for early look-ups; --data: 1)")
+    add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
+    add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
-    add("--cooldown", type=between(0, 1), default=0.25,
-        help="share of all steps (default: 0.25, since two hops are learned in it; CUDA: 0.2, as in the papers)")
-    add("--weight-decay", type=between(0, 1000), default=0.01,
-        help="of matrices (default: 0.01; the usual 0.1 makes small models copy later)")
+    add("--cooldown", type=between(0, 1), default=0.25, help="share of all steps (default: 0.25; CUDA: 0.2)")
+    add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01; 0.1 delays copying)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
-    add("--data", nargs="+", action="extend", metavar="FILE",
-        help=".txt, .md, .jsonl, .jsonl.gz, .bin (default: the built-in world)")
+    add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl, .bin (default: the built-in world)")
     add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
@@ -303,266 +227,226 @@ def make_parser():
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    # not options: the first step of this run, and the depth of the plain model that its FLOPs are a share of
-    parser.set_defaults(start=0, plain_layers=None)
+    parser.set_defaults(start=0)        # no option: the first step of this run, behind those of the run of --init
     return parser
 
 
 def read_args():
-    """-> args, and the model and checkpoint that the run starts from, or None, None."""
-    args, given = read_options(make_parser(), CONFLICTS, requires={"data": ("field",)})
-
-    def default(**values):      # of what was not given; a later call counts more
-        vars(args).update({name: value for name, value in values.items() if name not in given | OF_THIS_START})
+    """-> args, and the model and checkpoint that the run starts from: None and {} for a new model"""
+    args, given = read_options(make_parser(), EXCLUDES, requires={"data": ("field",)})
     kind = "init" if args.init else "looped" if args.loop or args.path else args.method
     args.out = os.path.normpath(args.out or os.path.join("out", kind))
+    # 1. what the run starts from
+    latest, model, checkpoint = os.path.join(args.out, "ckpt.pt"), None, {}
+    source = latest if args.resume else args.init
+    if source and (not args.resume or os.path.exists(latest)):
+        model, checkpoint = load_checkpoint(source)
+    run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
-        model, checkpoint = load_run(args.out)
-        saved = checkpoint["args"]
-        for name in given - OF_THIS_START - {"compile"}:       # which is of the machine
-            if getattr(args, name) != saved[name]:
-                raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in that run and cannot change")
-        default(**saved)
-        if "device" not in given and saved["device"].split(":")[0] in ("cpu", pick_device()):
-            args.device = saved["device"]       # else the best one here: a GPU's run goes on where there is none
-        args.device = pick_device(args.device)
-        return args, model, checkpoint
-
-    args.device = pick_device(args.device)
-    if args.device.startswith("cuda"):
-        default(**CUDA)
-    if args.data:
-        default(embed_share=1.0)            # a large vocabulary is learned faster so
-    model, checkpoint = load_checkpoint(args.init) if args.init else (None, None)
+        if not run:                         # a new run would hide a mistyped name
+            runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
+            raise ValueError(f"there is no run in {args.out} (models: --init); runs: {', '.join(runs) or 'none'}")
+        for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
+            if getattr(args, name) != run[name]:
+                raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
+        if "device" not in given and run["device"].split(":")[0] in ("cpu", pick_device()):
+            args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
+    args.device = pick_device(args.device)      # auto: the best one here
     path = path_of(args, model.config if model else None)
+    # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
+    values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
+    if args.device.startswith("cuda"):
+        values.update(CUDA)
+    if args.data:
+        values.update(embed_share=1.0)          # a large vocabulary is learned faster so
     if path:
-        default(method="looped", layers=len(path))
-        if set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
-            raise ValueError("a path that is trained visits every layer: grow.py removes those that it leaves out")
+        values.update(method="looped", layers=len(path))        # depth counts visits
     if model:
         model.config.path = path or model.config.path
-        default(lr=1e-4, steps=500, batch=8, context=min(512, model.config.context))
-        if "optimizers" in checkpoint:      # a run: its steps are counted on, without another warm-up
-            default(**checkpoint["args"] | {"warmup": 0, "start": checkpoint["step"]})
-        default(method="init", layers=len(model.config.resolve_path()))
-    args.plain_layers = args.plain_layers or args.layers
-    check(args, given, model, checkpoint)
+        values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
+                      context=min(512, model.config.context))
+    values.update(run)                          # all of them, where the run is not empty
+    if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
+        values.update(method="init", warmup=0, start=checkpoint["step"])
+    values.update(typed)
+    # 3. what follows from them: the steps before the cooldown, and when the model has which depth
+    args.constant, args.stages = args.steps - round(args.steps * args.cooldown), [(0, args.layers)]
+    if args.method in METHODS:
+        args.stages = depth_schedule(args.constant, args.layers, args.block, args.alpha)
+    if not args.resume:
+        check(args, given, path, model, checkpoint)
     return args, model, checkpoint
 
 
-def load_run(folder):
-    """-> the model and the checkpoint of a run that is to go on"""
-    latest = os.path.join(folder, "ckpt.pt")
-    if not os.path.exists(latest):
-        runs = sorted(str(file.parent) for file in pathlib.Path(folder).parent.glob("*/ckpt.pt"))
-        raise ValueError(f"there is no run in {folder}; runs: {', '.join(runs) or 'none'}")
-    model, checkpoint = load_checkpoint(latest)
-    if "optimizers" not in checkpoint:
-        raise ValueError(f"{latest} is a model, not a run: train it on with --init")
-    return model, checkpoint
+def refuse_a_run(folder):
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
 
 
-def check(args, given, model, checkpoint):
+def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
+    refuse_a_run(args.out)
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
-    if constant_steps(args) < 1 and not model:
-        raise ValueError("--steps less the cooldown must leave a step")
-    growth_plan(args)                               # whole blocks, and steps for each stage
-    if model and args.context > model.config.context:
-        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+    if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
+        raise ValueError("a path that is trained visits every layer: grow.py removes those that it leaves out")
     if model and "encoding" in given and checkpoint["tokenizer"]:
         raise ValueError(f"--encoding does not go with --init {args.init}, which has a tokenizer of its own")
     if args.method == "baseline" and given & {"block", "alpha"}:
         raise ValueError("--block and --alpha go with a --method that grows")
-    if given & {"math", "math_share"} and constant_steps(args) == args.steps:
-        raise ValueError("--math and --math-share are for the cooldown: give a --cooldown above 0")
-    if given & {"math", "math_share"} and bool(args.math) != bool(args.data):
-        raise ValueError("--math goes with --data, --math-share with both: the built-in world has math of its own")
+    if given & {"math", "math_share"} and (args.constant == args.steps or bool(args.math) != bool(args.data)):
+        raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
 # -----------------------------------------------------------------------------
 # what a run prints and keeps
 
-QUESTIONS = 64      # of each number of hops: a standard error of 6 points at most
-
-
-@torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
-def evaluation(model, heldout, tokenizer, args):
-    """Held-out losses, and, of the built-in world, the accuracy by hops -> {name: value}"""
-    row = {f"loss {name}": estimate_loss(model, rows) for name, rows in heldout.items()}    # nats per token
-    for task in evaluate.HOPS if not args.data else []:
-        row[task] = evaluate.accuracy(model, tokenizer, task, QUESTIONS)["value"]
-    return row
-
-
 class Run:
-    """What a run prints, keeps and saves; on the first process only, where there are several."""
+    """What a run prints, keeps and saves: on the first process only, where there are several."""
 
-    def __init__(self, args, config, tokenizer, heldout, kept, start, log):
-        # kept: what a checkpoint has besides, the tokenizer's spec and the data's checksums
-        self.args, self.tokenizer, self.heldout, self.kept = args, tokenizer, heldout, kept
-        # at the last report
-        self.step, self.flops, self.time = start, log[-1]["flops"] if log else 0, time.perf_counter()
-        # training FLOPs of a plain model of full depth that takes all these steps: the log gives shares of it
-        self.plain = training_flops(config, args.steps * args.batch, args.context, args.plain_layers)
-        log = [row for row in log if args.resume or row["step"] < start]    # of --init, the line of `start` comes anew
-        self.log = [{**row, "flops_share": row["flops"] / self.plain} for row in log]
+    def __init__(self, args, config, tokenizer, heldout, kept, log, first):
+        # kept: what its checkpoints have besides; log: of the run that goes on
+        self.args, self.tokenizer, self.heldout, self.kept, self.first = args, tokenizer, heldout, kept, first
+        # the log gives shares of what a plain model of full depth costs that takes all these steps
+        self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
+        self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log]
+        self.time = time.perf_counter()     # of the last report
 
+    @torch.compiler.set_stance("force_eager")       # compiled code is for training: evaluation has other shapes
     def report(self, model, step, loss=None, path=None):
-        """One line and one row of the log. loss: mean training loss since the last one; path: along which the model has
-        just grown, before it is trained. Raises ValueError when training has gone wrong."""
-        args, depth, n = self.args, len(model.config.resolve_path()), step - self.step
-        seconds, self.step = time.perf_counter() - self.time, step      # of n steps at this depth
-        self.flops += training_flops(model.config, n * args.batch, args.context, depth)
-        row = {"step": step, "loss": loss, **evaluation(model, self.heldout, self.tokenizer, args), "depth": depth,
-               "lr": learning_rate(args, step), "flops": self.flops, "flops_share": self.flops / self.plain}
+        """One line, one row of the log. loss: mean since the last one; path: along which the model has just grown."""
+        if not self.first:
+            return
+        # as a row: what was trained since the last one, held-out losses, accuracy by hops in the built-in world
+        args, depth, last = self.args, len(model.config.resolve_path()), self.log[-1] if self.log else {}
+        steps, seconds = step - last.get("step", 0), time.perf_counter() - self.time        # at this depth
+        flops = last.get("flops", 0) + training_flops(model.config, steps * args.batch, args.context, depth)
+        row = {"step": step, "loss": loss, "depth": depth, "lr": learning_rate(args, step), "flops": flops,
+               "flops_share": flops / self.plain_flops}
+        for name, rows in self.heldout.items():
+            row[f"loss {name}"] = estimate_loss(model, rows)            # nats per token
+        for task in evaluate.HOPS if not args.data else []:
+            row[task] = evaluate.accuracy(model, self.tokenizer, task, QUESTIONS)["value"]
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
         # as text
-        parts = [f"grows along {' '.join(map(str, path))}"] if path else [f"loss {loss:.4f}"] if loss else []
+        parts = [f"step {step:>6}/{args.steps}"]
+        if path:
+            parts.append(f"grows along {' '.join(map(str, path))}")
+        elif loss:
+            parts.append(f"loss {loss:.4f}")
         parts.append("held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout))
         hops = [f"{100 * row[task]:.0f}" for task in evaluate.HOPS if task in row]      # in percent
         if hops:
             parts.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
-        if n:
-            row["tokens_per_second"] = n * args.batch * args.context / seconds
-            parts.append(f"{row['tokens_per_second'] / 1e3:.1f}k tok/s")
-        parts += [f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]
-        tqdm.write("  ".join([f"step {step:>6}/{args.steps}", *parts]))
-        self.log.append({**row, "growth": path} if path else row)
+        if steps:
+            parts.append(f"{steps * args.batch * args.context / seconds / 1e3:.1f}k tok/s")
+        tqdm.write("  ".join([*parts, f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]))
+        if steps or path or not self.log:       # --init: the line of the run that goes on stays
+            self.log.append({**row, "growth": path} if path else row)
         self.time = time.perf_counter()         # evaluation is not training
 
     def save(self, name, model, optimizers, step):
-        out, states = self.args.out, [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(os.path.join(out, name), model, heldout=self.heldout, args=vars(self.args), step=step,
-                        log=self.log, optimizers=states, **self.kept)
-        save_atomically(os.path.join(out, "log.jsonl"),
-                        lambda f: f.writelines(json.dumps(row).encode() + b"\n" for row in self.log))
+        if self.first:
+            save_checkpoint(os.path.join(self.args.out, name), model, heldout=self.heldout, args=vars(self.args),
+                            step=step, log=self.log, optimizers=[part.state_dict() for part in optimizers], **self.kept)
+            lines = [json.dumps(row).encode() + b"\n" for row in self.log]
+            save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
 
 
-@contextlib.contextmanager
-def own_folder(folder, resume):
-    """One run owns its folder: a lock of the system, which ends with the process, also when that is killed. A folder
-    that is new goes again if the run is refused before its first checkpoint."""
-    new = not os.path.exists(folder)
+def own_folder(folder):
+    """Makes the folder -> its lock: SQLite's, which on every system ends with the process, also when it is killed."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        try:
-            lock(file)
-        except OSError:
-            raise ValueError(f"another process trains in {folder} right now")
-        if not resume and any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
-            raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-        try:
-            yield
-        finally:
-            if new and not os.path.exists(os.path.join(folder, "ckpt.pt")):
-                shutil.rmtree(folder, ignore_errors=True)       # Windows keeps the open lock
+    lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)       # stores nothing
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"another process trains in {folder} right now ({error})")
+    return lock
 
 
-def lock(file):
-    """Raises OSError where another process has locked the file."""
-    if os.name == "nt":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def set_up_processes(args):
-    """-> rank, world_size: 0, 1 without torchrun"""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def start_processes(args):
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun sets them
     if args.batch % world_size:
         raise ValueError(f"--batch {args.batch} cannot be shared by {world_size} processes")
     if world_size > 1:
-        if args.device == "cuda":
-            gpu = int(os.environ["LOCAL_RANK"])         # torchrun has started one process per GPU
-            if gpu >= torch.cuda.device_count():
-                raise ValueError(f"process {gpu + 1} of this machine has no GPU of its own")
-            torch.cuda.set_device(gpu)
-        # the others wait while the first one evaluates and saves
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        if args.device == "cuda":       # torchrun has started one process per GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     return rank, world_size
 
-# -----------------------------------------------------------------------------
 
 def main():
     args, model, checkpoint = read_args()
-    rank, world_size = set_up_processes(args)
-    torch.set_float32_matmul_precision("high")
-    with own_folder(args.out, args.resume) if rank == 0 else contextlib.nullcontext():
-        # 1. the model, and its optimizers
-        spec = args.encoding or ("gpt2" if args.data else evaluate.TOKENIZER)
-        if checkpoint:
-            spec = checkpoint["tokenizer"] or args.encoding
-        tokenizer = get_tokenizer(spec)
-        torch.manual_seed(args.seed)
-        model = (model or GPT(model_config(args, tokenizer.n_vocab, tokenizer.eot))).to(args.device)
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
-        model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
-        optimizers, start, log = make_optimizers(model, args), 0, []
-        if checkpoint and "optimizers" in checkpoint:
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-                # the moments are the run's, the settings those of this command
-                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-            start, log = checkpoint["step"], checkpoint["log"]
-        # 2. the data: each process reads all of them
-        tokens = read_tokens(args, tokenizer)
-        streams, heldout, data = open_streams(args, tokenizer, tokens)
-        if args.resume and data != checkpoint["data"]:
-            raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
-        # 3. what the first process prints and keeps
-        run = None
-        if rank == 0:
-            depths = " -> ".join(str(depth) for _, depth in growth_plan(args))
-            tqdm.write(f"{args.method}: depth {depths}, {args.steps} steps of {args.batch} x {args.context} tokens on "
-                       f"{args.device}, layers {'' if compiles(args) else 'not '}compiled")
-            if checkpoint and "optimizers" not in checkpoint:       # --init of a model that is no run
-                tqdm.write(f"{args.init} has no optimizer: a fresh one starts, with {args.warmup} steps of warm-up")
-            run = Run(args, model.config, tokenizer, heldout, {"tokenizer": spec, "data": data}, start, log)
-            if not args.resume:
-                run.report(model, start)
-                for name in tokens:
-                    save_atomically(os.path.join(args.out, f"{name}.tokens"), tokens[name].tofile)
-                run.save("ckpt.pt", model, optimizers, start)
-        # 4. training
-        model = train(args, model, optimizers, Batches(streams, args, rank, world_size), start, run)
+    rank, world_size = start_processes(args)
+    torch.set_float32_matmul_precision("high")      # TF32, on a GPU
+    # 1. the model, and its optimizers
+    spec = args.encoding or ("gpt2" if args.data else evaluate.TOKENIZER)
+    if checkpoint:
+        spec = checkpoint["tokenizer"] or args.encoding
+    tokenizer = get_tokenizer(spec)
+    torch.manual_seed(args.seed)
+    model = (model or GPT(model_config(args, tokenizer))).to(args.device)       # --resume and --init have brought one
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the encoding has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+    model.config.eot = tokenizer.eot            # also of a Hugging Face model: documents do not see each other
+    optimizers = make_optimizers(model, args)
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizers", [])):
+        # the moments are the run's, the settings those of this command
+        optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # 2. the data: each process reads all of them
+    streams, heldout, texts = {}, {}, {}
+    for name, files in (("general", args.data), ("math", args.math)):
+        if files or not args.data:
+            streams[name], heldout[name], texts[name] = open_stream(name, files, args, tokenizer)
+    checksums = {name: zlib.crc32(text) for name, text in texts.items()}        # for --resume
+    if args.resume and checksums != checkpoint["data"]:
+        raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
+    # 3. what the first process prints and keeps
+    kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
+    run = Run(args, model.config, tokenizer, heldout, kept, checkpoint.get("log", []), first=rank == 0)
+    if rank == 0:
+        optimizer = "its optimizer" if "optimizers" in checkpoint else "a fresh optimizer"
+        tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} on {args.device}, {optimizer}")
+    if not args.resume:
+        run.report(model, start)
+    # 4. training; whatever can be refused has been refused before the folder is made
+    batches = functools.partial(make_batch, streams, args, rank, world_size)
+    with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and not args.resume:
+            refuse_a_run(args.out)          # again: one may have come while the text was encoded
+            for name in texts if args.data else []:
+                save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
+            run.save("ckpt.pt", model, optimizers, start)
+        model = train(args, model, optimizers, batches, start, run)
     if world_size > 1:
         dist.destroy_process_group()
-    if run:
-        finish(args, model, tokenizer)
+    # 5. a sample
+    if rank == 0:
+        torch.manual_seed(args.seed)
+        with torch.compiler.set_stance("force_eager"):
+            sample = complete(model, tokenizer, "", 80, temperature=0.8)
+        print(f"\na sample:\n{sample}\n\nsaved {args.out}/ckpt.pt; next: python evaluate.py {args.out}/ckpt.pt")
 
 
-@torch.compiler.set_stance("force_eager")
-def finish(args, model, tokenizer):
-    """A sample, and what to run next."""
-    torch.manual_seed(args.seed)
-    file = os.path.join(args.out, "ckpt.pt")
-    print(f"\na sample:\n{complete(model, tokenizer, '', 80, temperature=0.8)}\n\nsaved {file}. Next:\n"
-          f"  python evaluate.py {file}\n  python loop.py {file}\n  python signatures.py {file}")
-
-
-def train(args, model, optimizers, batches, start, run):
-    """The loop, from step `start` on. run: of the first process, else None. -> the model, which growth has replaced."""
+def train(args, model, optimizers, make, start, run):
+    """The loop, from step `start` on. make: gives the batch of a step. -> the model, which growth has replaced."""
     cuda = args.device.startswith("cuda")
-    constant, grows_at = constant_steps(args), {step for step, _ in growth_plan(args)[1:]}
-    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | {constant} | grows_at
+    grows_at = {step for step, _ in args.stages[1:]}
+    report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | grows_at | {args.constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
     # rows take time to make: on a GPU, other processes do it
     workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=cuda)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda)
     wrapped, losses = prepare(model, args), []          # losses since the last report
-    for step, rows in zip(tqdm(steps, unit="step", disable=None if run else True), loader):
+    for step, rows in zip(tqdm(steps, unit="step", disable=None if run.first else True), loader):
         # 1. the learning rate of this step
         rate = learning_rate(args, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * rate
+                group["lr"] = group["share"] * rate         # share: see make_optimizers
         # 2. forward and backward
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
         with autocast:
@@ -578,10 +462,8 @@ def train(args, model, optimizers, batches, start, run):
         done = step + 1
         # 4. report: the last line of a stage is of the model before it grows
         if done in report_steps:
-            mean_loss = torch.stack(losses).mean().item()
+            run.report(model, done, torch.stack(losses).mean().item())
             losses.clear()
-            if run:
-                run.report(model, done, mean_loss)
         # 5. grow: duplicate a block, and the optimizer's moments with it
         if done in grows_at:
             path = METHODS[args.method](model.config.n_layer, args.block)
@@ -589,11 +471,10 @@ def train(args, model, optimizers, batches, start, run):
             optimizers = grow_optimizer(optimizers, make_optimizers(grown, args), model, grown, path)
             model, wrapped = grown, prepare(grown, args)        # compiled layers and DDP are the old model's
             gc.collect()                        # compiled layers refer to themselves: the smaller model's would stay
-            if run:
-                run.report(model, done, path=path)
+            run.report(model, done, path=path)
         # 6. save: stable.pt before ckpt.pt, so that --resume after a kill between the two comes here again
-        if done in report_steps and run:
-            if done == constant:
+        if done in report_steps:
+            if done == args.constant:
                 run.save("stable.pt", model, optimizers, done)
             run.save("ckpt.pt", model, optimizers, done)
     return model
