@@ -102,7 +102,7 @@ def lists(rng):
         start = rng.randrange(len(words) - 2)       # a piece has three words or more
         piece = words[start:start + rng.randint(3, 6)]
         pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
-    return " ".join(words) + "\n", pieces
+    return " ".join(words) + "\n", pieces      # the last word of each piece is its answer
 
 
 def rule(rng, lines=16):
@@ -126,6 +126,7 @@ def open_book(rng):
 def portrait(rng):
     """Mia lives in Dover . The pet of Mia is a goat .     facts about a person, which never change"""
     person = rng.choice(PEOPLE)
+    # one of the two statements of each kind, in any order
     facts = [rng.choice(FACTS[kind][:2]).format(person, TRUTH[person][kind]) for kind in FACTS]
     return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]        # no question is asked: an empty one
 
@@ -139,7 +140,7 @@ def closed_book(rng):
 def arithmetic(rng):
     """7 + 5 =| 12"""
     x, y = rng.randint(0, 19), rng.randint(0, 19)
-    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]
+    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]       # no body: never below zero
 
 
 def sums(rng):
@@ -155,6 +156,7 @@ def sums(rng):
 def word_problem(rng):
     """Anna has 3 key . Ben has 5 key . Anna finds 4 more . / How many does Anna have ?| 7"""
     people = rng.sample(PEOPLE, 2)
+    # what the two have; whose number changes, and by how much
     count, who, n = [rng.randint(1, 9), rng.randint(1, 9)], rng.randrange(2), rng.randint(1, 9)
     word = rng.choice(CLASSES["thing"])
     body = " ".join(f"{person} has {c} {word} ." for person, c in zip(people, count))
@@ -202,7 +204,7 @@ def preschool(rng, calculation):
     """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7      or only |7"""
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
-    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))       # of x, of y
+    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))       # before x, before y
     value = (-x if sign else x) + (y if op == "+" else -y)
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
@@ -234,7 +236,7 @@ HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run show
 def puzzle(family, rng, heldout):
     """One puzzle. One in eight bodies (questions, where there is no body) is held out, never in training text: by its
     checksum, so that there is no list to keep, and none to leak."""
-    while True:
+    while True:     # until one is on the side that is asked for
         body, questions = family(rng)
         questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
         if questions:
@@ -266,7 +268,7 @@ def example(task, rng, shots=0, heldout=True):
         body, [*before, (question, answer)] = puzzle(partial(rule, lines=shots + 1), rng, heldout)
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
     body, questions = puzzle(family, rng, heldout)
-    question, answer = rng.choice(questions)
+    question, answer = rng.choice(questions)        # training text asks all, a task one
     rng = random.Random(rng.random())       # another generator: the next question is the same at any number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + body + question, answer
@@ -348,12 +350,12 @@ def encode_files(files, tokenizer, field=None):
 
 def rows_of(file, tokenizer, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
-    width = min(context, 256) + 1
+    width = min(context, 256) + 1       # of the last token only the prediction counts
     tokens = itertools.chain.from_iterable(encode_files([file], tokenizer))
     tokens = [int(token) for token in itertools.islice(tokens, n * width)]      # the rest is not read
     if len(tokens) < width:
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
-    return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
+    return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)      # (rows, T + 1)
 
 # -----------------------------------------------------------------------------
 # questions and their scores: exact match in one forward pass, or the number at the end of what the model writes
@@ -363,8 +365,8 @@ class TooLong(ValueError):
 
 
 def encode_pairs(pairs, tokenizer):
-    """[(prompt, answer), ...] -> tokens, targets (n, T): targets are -1 except where a token of the answer is asked for.
-    Padding is after the answer, where nothing looks."""
+    """[(prompt, answer), ...] -> tokens, targets (n, T): targets are -1 except where the answer is predicted. The
+    padding is after the answer, where nothing looks."""
     tokens, targets = [], []
     for prompt, answer in pairs:
         # encoded together, as in running text, and split where the prompt alone would be encoded otherwise
@@ -386,9 +388,9 @@ def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
         seeds.setdefault(example(task, random.Random(name))[0], name)
         if len(seeds) == n:
             break
-    for fitting in range(shots, -1, -1):
+    for fitting in range(shots, -1, -1):        # one less, until the longest fits
         pairs = [example(task, random.Random(name), fitting) for name in seeds.values()]
-        tokens, targets = encode_pairs(pairs, tokenizer)
+        tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
         if tokens.shape[1] < context:
             return tokens, targets, fitting
     raise TooLong(f"a question of {task} is longer than the context of {context}")
@@ -426,7 +428,7 @@ def examples_of(args, tokenizer, context):
 
 def proportion(right):
     """(n,) bool -> dict: value (their mean), its standard error, their number."""
-    mean, n = right.float().mean().item(), len(right)
+    mean, n = right.float().mean().item(), len(right)       # of n coins that fall so with chance `mean`
     return {"value": mean, "se": (mean * (1 - mean) / n) ** 0.5, "n": n}
 
 
@@ -449,6 +451,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
         pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
         tokens, targets = (x.to(model.embed.weight.device) for x in encode_pairs(pairs, tokenizer))     # (n_train, T)
         tests = encode_examples(task, tokenizer, model.config.context, n_test, seed=draw)[:2]           # (n_test, T)
+        # a fresh optimizer: the run's own moments are of other text
         optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
         for step in range(1, steps + 1):
             tuned(tokens, targets)[1].backward()    # all examples in each step; only the answer is learned
@@ -468,10 +471,12 @@ NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     
 def is_same(prediction, reference):
     """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
     with the last number of the prediction, any other answer as a whole."""
+    # one kind of minus
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
     if not re.fullmatch(NUMBER, reference):     # text: the whole of it counts
         return prediction.split() == reference.split()
     found = re.findall(NUMBER, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
+    # as fractions, so that 4/6 is 2/3 and 18.00 is 18
     values = [Fraction(re.sub("[$,]", "", number)) for number in (*found, reference)]
     return len(values) == 2 and values[0] == values[1]
 
@@ -534,9 +539,9 @@ def measure(args, model, checkpoint):
 def label_of(name, checkpoint):
     """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
     lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
-    seed = checkpoint["args"].get("seed", 0)
+    seed = checkpoint["args"].get("seed", 0)        # a model of Hugging Face has no args
     folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
-    folder = re.sub(rf"-s?{seed}$", "", folder)
+    folder = re.sub(rf"-s?{seed}$", "", folder)     # lidas-s0 or lidas-0
     return folder if folder and file == "ckpt.pt" else os.path.join(folder, file), seed
 
 
@@ -557,7 +562,7 @@ def rows_of_models(args, measure):
         for table, where, column, score in measured:
             line = f"{label} {where}".strip()
             rows.append({"table": table, "model": line, "seed": seed, "column": column, **score})
-            if args.results:
+            if args.results:    # at once: a command that is stopped leaves what it has measured
                 append_rows(args.results, rows[-1:])
     return rows
 
@@ -577,7 +582,7 @@ def read_rows(file):
 
 def tables_of(rows):
     """-> of each table its name, {(model, column): {seed: row}}, models, columns. Of a row twice the last counts."""
-    tables = {}
+    tables = {}     # {table: {(model, column): {seed: row}}}
     for row in rows:
         cells = tables.setdefault(row["table"], {})
         cells.setdefault((row["model"], row["column"]), {})[row["seed"]] = row
@@ -617,9 +622,9 @@ def cell(rows, seeds):
 def print_tables(rows):
     """A line per model, a column per measurement, or the other way round where there are more of these."""
     for table, cells, names, columns in tables_of(rows):
-        lines = [["", "seeds", *columns]]
+        lines = [["", "seeds", *columns]]       # texts, the heading first
         for name in names:
-            found = [list(cells.get((name, column), {}).values()) for column in columns]
+            found = [list(cells.get((name, column), {}).values()) for column in columns]    # a row per seed, each
             seeds = max(map(len, found))        # a cell may have fewer
             lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
         for key in ("chance", "shots", "n"):    # what the scores of a column share
@@ -628,6 +633,7 @@ def print_tables(rows):
             if shared:
                 lines.append([key, "", *(shared.get(column, "") for column in columns)])
         lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
+        # as wide as the longest text of each column, the first one to the left
         first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
         print(f"\n{table}")
         for name, *texts in lines:
@@ -666,11 +672,10 @@ def plot_lines(file, rows, xlabel, ylabels):
     figure.savefig(file, dpi=120)
 
 
-ALONG, KINDS = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
 CONFLICTS = {   # an option: those that would mean nothing beside it
     "questions": ("tasks", "data", "finetune", "curves"), "shots": ("data",), "plot": ("json", "compare"),
-    "finetune": (*ALONG, "data", "shots", "curves"), "curves": (*ALONG, "tasks", "data", "shots", "n"),
-    "table": (*ALONG, *KINDS, "shots", "n", "results", "device")}
+    "finetune": ("loop", "path", "data", "shots", "curves"), "curves": ("loop", "path", "tasks", "data", "shots", "n"),
+    "table": "loop path tasks data questions finetune curves shots n results device".split()}
 
 
 def main():
@@ -705,7 +710,7 @@ def main():
     check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
-    # the rows, and what is shown of them
+    # 1. the rows
     rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if args.compare:
@@ -713,6 +718,7 @@ def main():
         rows += differences(rows, args.compare)
         if not any("paired" in row for row in rows):
             raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
+    # 2. what is shown of them
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.plot:
