@@ -16,19 +16,18 @@ training text never has.
 """
 import argparse
 import copy
-import functools
 import gzip
 import itertools
 import json
 import os
-import pathlib
 import random
 import re
 import statistics
 import string
 import zlib
+from collections import namedtuple
 from fractions import Fraction
-from typing import Callable, NamedTuple
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -36,14 +35,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from loop import add_path_options, paths_of
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
+from model import (between, check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_rows)
 
 # -----------------------------------------------------------------------------
 # the words and the facts of the world
 
-NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]        # of variables: hops-6 needs 35
-NUMBERS = [str(n) for n in range(40)]    # their values
+NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]     # of variables: hops-6 needs 35
+NUMBERS = [str(n) for n in range(40)]                           # their values
 PEOPLE = """Ada Amir Anna Ben Bella Carl Clara Dan Dora Emil Emma Felix Fiona Greta Gus Hana Hugo Ida Ivan
 Jack Jane Karl Kira Lars Lena Leo Lily Mara Max Mia Milo Nadia Ned Nina Olaf Olga Omar Otto Paula Pia Quinn
 Rosa Rudi Sam Sara Tara Theo Tom Uma Una Vera Viktor Walt Wanda Wim Xena Yara Yuri Zara Zeno""".split()
@@ -54,16 +53,15 @@ CLASSES = {kind: words.split() for kind, words in {
     "work": "baker butcher doctor farmer gardener judge lawyer painter pilot sailor teacher weaver",
     "pet": "cat cow dog donkey duck goat goose horse parrot rabbit sheep turtle",
     "food": "bread cake cheese fish honey noodles pasta porridge rice salad soup toast"}.items()}
-PLACES, THINGS = CLASSES["place"], CLASSES["thing"]
 FACTS = {   # kind of the value: two statements, a question
     "town": ("{} lives in {} .", "The home of {} is {} .", "Where does {} live ?"),
     "work": ("{} works as a {} .", "The work of {} is {} .", "What is the work of {} ?"),
     "pet": ("{} keeps a {} .", "The pet of {} is a {} .", "Which animal does {} keep ?"),
     "food": ("{} likes to eat {} .", "{} always orders {} .", "What does {} like to eat ?")}
-_rng = random.Random("the world")
-LABELS = sorted({"".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(24)})    # random words
-TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}    # never changes
-REAL = [word for words in CLASSES.values() for word in words]    # real words, for copying
+_rng = random.Random("the world")       # the same in every run
+LABELS = sorted({"".join(_rng.choices(string.ascii_lowercase, k=3)) for _ in range(24)})        # random words
+TRUTH = {person: {kind: _rng.choice(CLASSES[kind]) for kind in FACTS} for person in PEOPLE}
+REAL = [word for words in CLASSES.values() for word in words]       # real words, for copying
 # the words of the published formats: training text has them in random order only
 FORMAT = """Fill in blank : ___ . -> The following is a set of simple mathematical equations What numerical
 value Answer very short Python program Use the to resolve variable question Program Question""".split()
@@ -101,10 +99,10 @@ def lists(rng):
     """cup 7 zor k key / 7 zor k| key      pieces of a list again: of any words, so that copying is learned as such"""
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
-        start = rng.randrange(len(words) - 2)    # a piece has three words or more
+        start = rng.randrange(len(words) - 2)       # a piece has three words or more
         piece = words[start:start + rng.randint(3, 6)]
         pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
-    return " ".join(words) + "\n", pieces
+    return " ".join(words) + "\n", pieces      # the last word of each piece is its answer
 
 
 def rule(rng, lines=16):
@@ -116,19 +114,21 @@ def rule(rng, lines=16):
 
 def open_book(rng):
     """Ben took the lamp to the cave . Mia took the key to the park . / Where is the lamp ?| cave"""
-    people, things, places = rng.sample(PEOPLE, 4), rng.sample(THINGS, 4), rng.sample(PLACES, 4)    # four candidates
-    body = [f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
-            for who, thing, place in zip(people, things, places)]
+    # four candidates
+    people, things, places = (rng.sample(x, 4) for x in (PEOPLE, CLASSES["thing"], CLASSES["place"]))
+    body = " ".join(f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
+                    for who, thing, place in zip(people, things, places))
     # a person is where the thing is
-    where = dict(zip(people, places)) | {f"the {thing}": place for thing, place in zip(things, places)}
-    return " ".join(body) + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where.items()]
+    where = [*zip(people, places), *((f"the {thing}", place) for thing, place in zip(things, places))]
+    return body + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where]
 
 
 def portrait(rng):
     """Mia lives in Dover . The pet of Mia is a goat .     facts about a person, which never change"""
     person = rng.choice(PEOPLE)
+    # one of the two statements of each kind, in any order
     facts = [rng.choice(FACTS[kind][:2]).format(person, TRUTH[person][kind]) for kind in FACTS]
-    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]       # no question is asked: an empty one
+    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]        # no question is asked: an empty one
 
 
 def closed_book(rng):
@@ -140,7 +140,7 @@ def closed_book(rng):
 def arithmetic(rng):
     """7 + 5 =| 12"""
     x, y = rng.randint(0, 19), rng.randint(0, 19)
-    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]
+    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]       # no body: never below zero
 
 
 def sums(rng):
@@ -156,18 +156,18 @@ def sums(rng):
 def word_problem(rng):
     """Anna has 3 key . Ben has 5 key . Anna finds 4 more . / How many does Anna have ?| 7"""
     people = rng.sample(PEOPLE, 2)
+    # what the two have; whose number changes, and by how much
     count, who, n = [rng.randint(1, 9), rng.randint(1, 9)], rng.randrange(2), rng.randint(1, 9)
-    word = rng.choice(THINGS)
+    word = rng.choice(CLASSES["thing"])
     body = " ".join(f"{person} has {c} {word} ." for person, c in zip(people, count))
-    loses = n < count[who] and rng.random() < 0.5
+    loses = n < count[who] and rng.random() < 0.5       # nobody has fewer than one
     body += f" {people[who]} loses {n} ." if loses else f" {people[who]} finds {n} more ."
     count[who] += -n if loses else n
     return body + "\n", [(f"How many does {people[who]} have ?", f" {count[who]}"),
                          ("How many do they have together ?", f" {sum(count)}")]
 
-# -----------------------------------------------------------------------------
-# families of tasks only
 
+# from here on families of tasks only
 WORDINGS = {    # of one puzzle: header, question, what stands before the answer. All but `bare` are the published ones
     "bare": ("", "{}=", ""),
     "basic": ("Fill in blank:\n\n", "{}=___. ->", ""),
@@ -177,33 +177,34 @@ WORDINGS = {    # of one puzzle: header, question, what stands before the answer
              "variable in the question.\n\nProgram:\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " ")}
 
 
-def chains(rng, hops, wording="bare", names=NAMES, numbers=NUMBERS):
+def chains(rng, hops, wording="bare"):
     """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last: every value is
     right equally often, and no shortcut beats a guess. The primitive "variable assignment" is the same puzzle in a
     published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10"""
     header, question, space = WORDINGS[wording]
+    names, numbers = (NAMES, NUMBERS) if wording == "bare" else (NAMES[:26], NUMBERS[1:26])     # as published
     names = rng.sample(names, 5 * (hops + 1))
     level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
     body = [f"{name}={number}\n" for name, number in level.items()]
     for i in range(5, len(names), 5):
-        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))    # each name of the next level: one of this
+        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))      # each name of the next level: one of this
         body += [f"{name}={other}\n" for name, other in source.items()]
-        level = {name: level[other] for name, other in source.items()}    # the last level is asked for
+        level = {name: level[other] for name, other in source.items()}      # the last level is asked for
     return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
 
 
 def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
-    words = rng.sample(words, 10)    # the list, then five of it again: which word is next?
+    words = rng.sample(words, 10)       # the list, then five of it again: which word is next?
     return ("Fill in blank:\n\n" + " ".join(words),
             [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
 
 
-def preschool(rng, calculation=True):
-    """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7"""
+def preschool(rng, calculation):
+    """Fill in blank:\nk=1\nj=8\nl=-k+j\nl=___ ->|-1+8=7      or only |7"""
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
-    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))    # of x, of y
+    sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))       # before x, before y
     value = (-x if sign else x) + (y if op == "+" else -y)
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
@@ -211,36 +212,32 @@ def preschool(rng, calculation=True):
 # -----------------------------------------------------------------------------
 # training text and tasks
 
-STREAMS = {     # weights of the documents
+STREAMS = {     # family: its share of the documents, as a weight
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
-    "math": {functools.partial(lookups, hops=3): 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
+    "math": {partial(lookups, hops=3): 60, lists: 10, arithmetic: 8, sums: 14, word_problem: 8}}
 
-
-class Task(NamedTuple):
-    family: Callable
-    options: dict       # of the family
-    chance: float       # of a guess among the possible answers; of word problems, of the most frequent answer
-    shots: int = 0      # worked examples before a question: five in the published formats, as published
-
-
+# chance: of a guess among the possible answers (of word problems: of the most frequent one). shots: worked examples
+# before a question, five in the published formats
+Task = namedtuple("Task", "family chance shots", defaults=[0])
 TASKS = {
-    **{f"hops-{hops}": Task(chains, {"hops": hops}, 1 / 5) for hops in range(7)},
-    "copy-random": Task(copying, {"words": LABELS}, 1 / 5, 5), "copy-real": Task(copying, {"words": REAL}, 1 / 5, 5),
-    **{f"assign-{depth}{'' if wording == 'basic' else '-' + wording}":
-       Task(chains, {"hops": depth, "wording": wording, "names": NAMES[:26], "numbers": NUMBERS[1:26]}, 1 / 5, 5)
-       for depth in (0, 1, 2) for wording in ("basic", "math", "code")},
+    **{f"hops-{hops}": Task(partial(chains, hops=hops), 1 / 5) for hops in range(7)},
+    "copy-random": Task(partial(copying, words=LABELS), 1 / 5, 5),
+    "copy-real": Task(partial(copying, words=REAL), 1 / 5, 5),
+    **{f"assign-{depth}{end}": Task(partial(chains, hops=depth, wording=wording), 1 / 5, 5)
+       for depth in range(3) for wording, end in (("basic", ""), ("math", "-math"), ("code", "-code"))},
     # a pair of signs has 17 possible answers
-    "preschool": Task(preschool, {"calculation": False}, 1 / 17, 5), "preschool-calc": Task(preschool, {}, 1 / 17, 5),
-    "rule": Task(rule, {}, 1 / 4, 12), "closed-book": Task(closed_book, {}, 1 / 12),
-    "open-book": Task(open_book, {}, 1 / 4), "word-problem": Task(word_problem, {}, 1 / 10)}
+    "preschool": Task(partial(preschool, calculation=False), 1 / 17, 5),
+    "preschool-calc": Task(partial(preschool, calculation=True), 1 / 17, 5),
+    "rule": Task(rule, 1 / 4, 12), "closed-book": Task(closed_book, 1 / 12),
+    "open-book": Task(open_book, 1 / 4), "word-problem": Task(word_problem, 1 / 10)}
 HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
 
 
-def puzzle(family, rng, heldout, **options):
-    """A puzzle. One in eight bodies (questions, where there is no body) is held out, so never in training text: by its
+def puzzle(family, rng, heldout):
+    """One puzzle. One in eight bodies (questions, where there is no body) is held out, never in training text: by its
     checksum, so that there is no list to keep, and none to leak."""
-    while True:
-        body, questions = family(rng, **options)
+    while True:     # until one is on the side that is asked for
+        body, questions = family(rng)
         questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
         if questions:
             return body, questions
@@ -258,7 +255,7 @@ def document(rng, stream, heldout=False):
     text = ""
     for _ in range(rng.randint(2, 4)):
         body, questions = puzzle(family, rng, heldout)
-        questions = rng.sample(questions, min(len(questions), 3))
+        questions = rng.sample(questions, min(len(questions), 3))       # some of them: a row has room for few
         text += f"{header}\n{body}" + "".join(f"{before} {q} {after} {a.strip()}\n" for q, a in questions) + "\n"
     return text
 
@@ -266,12 +263,12 @@ def document(rng, stream, heldout=False):
 def example(task, rng, shots=0, heldout=True):
     """-> prompt, answer. Before the question stand `shots` worked examples that are not held out, an empty line after
     each. Of a rule they are earlier lines of the same puzzle."""
-    family, options = TASKS[task].family, TASKS[task].options
+    family = TASKS[task].family
     if family is rule:
-        body, [*before, (question, answer)] = puzzle(rule, rng, heldout, lines=shots + 1)
+        body, [*before, (question, answer)] = puzzle(partial(rule, lines=shots + 1), rng, heldout)
         return body + "".join(f"{q}{a}\n" for q, a in before) + question, answer
-    body, questions = puzzle(family, rng, heldout, **options)
-    question, answer = rng.choice(questions)
+    body, questions = puzzle(family, rng, heldout)
+    question, answer = rng.choice(questions)        # training text asks all, a task one
     rng = random.Random(rng.random())       # another generator: the next question is the same at any number of shots
     before = "".join("{}{}\n\n".format(*example(task, rng, heldout=False)) for _ in range(shots))
     return before + body + question, answer
@@ -280,38 +277,38 @@ def example(task, rng, shots=0, heldout=True):
 def world_row(tokenizer, context, stream, heldout, seed, number):
     """Row `number` of a stream: (context + 1) token ids, a pure function of the arguments."""
     rng, row = random.Random(f"{seed} {stream} {heldout} {number}"), []
-    while len(row) <= context:  # whole documents, the last one cut
+    while len(row) <= context:      # whole documents, the last one cut
         row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
     return np.array(row[:context + 1])
 
 # -----------------------------------------------------------------------------
 # files of text and of questions
 
-def read_jsonl(file):
-    """The objects in the lines of a .jsonl or .jsonl.gz file; blank lines and a byte order mark are skipped."""
+def read_items(file, field="text"):
+    """The objects in the lines of a .jsonl or .jsonl.gz file, or of a .txt or .md file one: {field: its text}."""
     number = 1
     with (gzip.open if file.lower().endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
         try:
+            if file.lower().endswith((".txt", ".md")):
+                yield {field: f.read()}     # the loop finds no more lines
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    item = json.loads(line)
-                    if not isinstance(item, dict):    # json alone takes a list or a number
-                        raise ValueError("not an object")
-                    yield item
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:   # also text that is not UTF-8
+                    yield {**json.loads(line)}      # a TypeError for a list or a number
+        except (ValueError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:    # also what is not UTF-8
             raise ValueError(f"{file}, line {number}: {error}")
 
 
-def text_of(item, name):
-    """A field of a line as text, "" where there is none. A number counts as text."""
-    value = item.get(name)
-    return str(value) if isinstance(value, (str, int, float)) and str(value).strip() else ""
-
-
-def pair_of(item):
-    """ "question" and "answer" of a line -> prompt, answer; () where one is missing."""
-    question, answer = text_of(item, "question"), text_of(item, "answer")
-    return (f"Question: {question}\nAnswer:", f" {answer}") if question and answer else ()
+def read_pairs(file, field=None):
+    """Of each document prompt, answer: its "question" and "answer", or "" and its `field` ("text" by default)."""
+    for item in read_items(file, field or "text"):
+        # a number counts as text
+        texts = {name: str(value) for name, value in item.items() if isinstance(value, (str, int, float))}
+        if field not in texts and texts.keys() >= {"question", "answer"}:
+            yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
+        elif (field or "text") in texts:
+            yield "", texts[field or "text"]
+        else:
+            raise ValueError(f"{file}: a line has only {', '.join(item)}: --field names the one that is text")
 
 
 def check_text_file(file):
@@ -322,38 +319,20 @@ def check_text_file(file):
         raise ValueError(f"{file}: expected .txt, .md, .jsonl, .jsonl.gz or .bin")
 
 
-def documents(file, field=None):
-    """The one text of a .txt or .md file, or one of each line of a .jsonl or .jsonl.gz: its `field` ("text"), else its
-    "question" and "answer"."""
-    if file.lower().endswith((".txt", ".md")):
-        try:
-            yield pathlib.Path(file).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: {error}")
-        return
-    for item in read_jsonl(file):
-        text = text_of(item, field or "text") or "".join(pair_of(item))
-        if not text:
-            raise ValueError(f"{file}: a line has no text; it has {', '.join(item)}: name one with --field")
-        yield text
-
-
 def bin_tokens(file, tokenizer):
     """A .bin file of tokens -> (n,): raw uint16 (nanoGPT), or after a header of 256 int32 (llm.c, modded-nanogpt)."""
     if os.path.exists(os.path.join(os.path.dirname(file), "meta.pkl")):
         raise ValueError(f"{file} has its own characters as tokens (meta.pkl beside it): give the text itself")
-    header, size = np.fromfile(file, dtype=np.int32, count=256), os.path.getsize(file)
-    # the header's first number says whose tokens follow: GPT-2's, Llama 3's
-    dtype = {20240520: np.uint16, 20240801: np.uint32}.get(header[0]) if size >= 1024 else None
+    size = os.path.getsize(file)
     if size == 0 or size % 2:
         raise ValueError(f"{file} is not a uint16 token file ({size} bytes)")
-    if dtype:
-        tokens = np.memmap(file, dtype, mode="r", offset=1024, shape=(int(header[2]),))     # refuses a file cut short
-    else:
-        tokens = np.memmap(file, dtype=np.uint16, mode="r")
-        if len(tokens) > 8 and not tokens[1::2][:1000].any():
-            raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
-    if len(tokens) and tokens.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
+    header, tokens = np.fromfile(file, np.int32, 256), np.memmap(file, np.uint16, mode="r")
+    kinds = {20240520: np.uint16, 20240801: np.uint32}      # whose tokens follow a header: GPT-2's, Llama 3's
+    if len(header) == 256 and header[0] in kinds:           # its third number is how many they are
+        tokens = np.memmap(file, kinds[header[0]], mode="r", offset=1024, shape=(int(header[2]),))
+    elif len(tokens) > 8 and not tokens[1::2][:1000].any():
+        raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
+    if tokens.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
         raise ValueError(f"{file} holds token {tokens.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
     return tokens
 
@@ -365,92 +344,126 @@ def encode_files(files, tokenizer, field=None):
         if file.lower().endswith(".bin"):
             yield bin_tokens(file, tokenizer)
             continue
-        for text in tqdm(documents(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
-            yield np.array([tokenizer.eot] + tokenizer.encode(text))
+        for pair in tqdm(read_pairs(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
+            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)))
 
 
 def rows_of(file, tokenizer, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
-    width = min(context, 256) + 1
+    width = min(context, 256) + 1       # of the last token only the prediction counts
     tokens = itertools.chain.from_iterable(encode_files([file], tokenizer))
-    tokens = [int(token) for token in itertools.islice(tokens, n * width)]
+    tokens = [int(token) for token in itertools.islice(tokens, n * width)]      # the rest is not read
     if len(tokens) < width:
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
-    return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)
+    return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)      # (rows, T + 1)
 
 # -----------------------------------------------------------------------------
-# scoring: exact match in one forward pass
+# questions and their scores: exact match in one forward pass, or the number at the end of what the model writes
 
-def encode_example(tokenizer, prompt, answer):
-    """-> tokens of the prompt, which begins a document, and of the answer. Encoded together, as in running text,
-    and split where the prompt alone would be encoded otherwise."""
-    alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-    same = len(os.path.commonprefix([alone, both]))     # it takes lists as well
-    return [tokenizer.eot] + both[:same], both[same:]
+class TooLong(ValueError):
+    """The questions do not fit the context."""
 
 
-@functools.lru_cache        # a log line or another path asks the same questions again
-def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
-    """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
-    longest would not fit -> [(prompt tokens, answer tokens), ...], shots."""
-    for fitting in range(shots, -1, -1):    # fewer, until the longest fits
-        examples = {}
-        for i in range(20 * n):             # closed-book has only some tens of questions: each is asked once
-            name = f"{seed} {task} {i}"
-            question, _ = example(task, random.Random(name))
-            if question not in examples:
-                examples[question] = encode_example(tokenizer, *example(task, random.Random(name), fitting))
-            if len(examples) == n:
-                break
-        if max(len(prompt) + len(answer) for prompt, answer in examples.values()) <= context:
-            return list(examples.values()), fitting
-    raise ValueError(f"a question of {task} is longer than the context of {context}")
-
-
-def padded(examples):
-    """[(prompt tokens, answer tokens), ...] -> tokens, targets (n, T): targets are -1 except where a token of the
-    answer is predicted. The padding is after the answer, where nothing looks."""
-    # [a b c], [d e] -> tokens a b c d, targets -1 -1 d e
-    tokens = [torch.tensor((prompt + answer)[:-1]) for prompt, answer in examples]
-    targets = [torch.tensor([-1] * (len(prompt) - 1) + answer) for prompt, answer in examples]
+def encode_pairs(pairs, tokenizer):
+    """[(prompt, answer), ...] -> tokens, targets (n, T): targets are -1 except where the answer is predicted. The
+    padding is after the answer, where nothing looks."""
+    tokens, targets = [], []
+    for prompt, answer in pairs:
+        # encoded together, as in running text, and split where the prompt alone would be encoded otherwise
+        alone, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+        same = len(os.path.commonprefix([alone, both]))     # it takes lists as well
+        # prompt a b, answer c d -> tokens eot a b c, targets -1 -1 c d
+        tokens.append(torch.tensor([tokenizer.eot] + both[:-1]))
+        targets.append(torch.tensor([-1] * same + both[same:]))
     return pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
 
 
-def accuracy(model, tokenizer, task, n=200, shots=None, path=None, seed=0):
-    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
-    (standard error), n, chance, shots that fit."""
-    shots = TASKS[task].shots if shots is None else shots
-    examples, shots = encode_examples(task, tokenizer, model.config.context, n, shots, seed)
-    _, right = score_rows(model, *padded(examples), path)
-    return {**proportion(right), "chance": TASKS[task].chance, "shots": shots}
+@lru_cache      # a log line or another path asks the same questions again
+def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
+    """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
+    longest would not fit -> tokens, targets (n, T), shots. Raises TooLong where not even a question alone fits."""
+    seeds = {}      # {question: the seed that makes it}
+    for i in range(20 * n):     # closed-book has only some tens of questions: each is asked once
+        name = f"{seed} {task} {i}"
+        seeds.setdefault(example(task, random.Random(name))[0], name)
+        if len(seeds) == n:
+            break
+    for fitting in range(shots, -1, -1):        # one less, until the longest fits
+        pairs = [example(task, random.Random(name), fitting) for name in seeds.values()]
+        tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
+        if tokens.shape[1] < context:
+            return tokens, targets, fitting
+    raise TooLong(f"a question of {task} is longer than the context of {context}")
+
+
+def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):
+    """A .jsonl of `question` and `answer` -> [(prompt, answer), ...], those that fit the context. The first `shots`
+    lines are worked examples of all others; the first `skip` are not asked: any number of shots asks the same."""
+    pairs = list(read_pairs(file))
+    if not all(prompt and answer.strip() for prompt, answer in pairs):
+        raise ValueError(f"{file}: expected a question and an answer in each line")
+    if len(pairs) <= skip:
+        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
+    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
+    asked = [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
+    fitting = [pair for pair in asked if len(tokenizer.encode("".join(pair))) < context]    # after eot
+    if not fitting:
+        raise TooLong(f"none of {len(asked)} questions fits the context of {context}")
+    if len(fitting) < len(asked):
+        tqdm.write(f"{len(asked) - len(fitting)} of {len(asked)} do not fit the context of {context}: left out")
+    return fitting
+
+
+def examples_of(args, tokenizer, context):
+    """What a scan (loop.py) asks: --data, --questions or --task -> tokens, targets (n, T)"""
+    if args.data:
+        rows = rows_of(args.data, tokenizer, context, args.n)
+        return rows[:, :-1], rows[:, 1:]        # every token is predicted
+    if args.questions:
+        return encode_pairs(read_questions(args.questions, tokenizer, context, args.n), tokenizer)
+    if args.task not in TASKS:
+        raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
+    return encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[:2]
 
 
 def proportion(right):
     """(n,) bool -> dict: value (their mean), its standard error, their number."""
-    mean, n = right.float().mean().item(), len(right)
+    mean, n = right.float().mean().item(), len(right)       # of n coins that fall so with chance `mean`
     return {"value": mean, "se": (mean * (1 - mean) / n) ** 0.5, "n": n}
 
 
-def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100, seed=0):
-    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots;
-    the mean over some held-out tests in the last third of the steps (MIDAS's protocol, shortened)."""
-    tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {seed} {task}")
-    pairs = [encode_example(tokenizer, *example(task, rng, heldout=False)) for _ in range(n_train)]
-    # fine-tuning examples are not held out, tests are
-    tests = padded(encode_examples(task, tokenizer, model.config.context, n_test, seed=seed)[0])
-    tokens, targets = (x.to(model.embed.weight.device) for x in padded(pairs))      # only the answer is learned
-    optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
-    for step in range(1, steps + 1):
-        tuned(tokens, targets)[1].backward()    # all examples in each step
-        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step > steps * 2 // 3 and (steps - step) % max(1, steps // 15) == 0:    # six tests in 100 steps
-            scores.append(score_rows(tuned, *tests)[1].float().mean().item())
-    return statistics.mean(scores)
+def accuracy(model, tokenizer, task, n=200, shots=None, path=None):
+    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
+    (standard error), n, chance, shots that fit."""
+    shots = TASKS[task].shots if shots is None else shots
+    tokens, targets, shots = encode_examples(task, tokenizer, model.config.context, n, shots)
+    _, right = score_rows(model, tokens, targets, path)     # (n,)
+    return {**proportion(right), "chance": TASKS[task].chance, "shots": shots}
 
-# -----------------------------------------------------------------------------
-# a file of questions and answers, under greedy generation
+
+def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
+    """Accuracy after fine-tuning a copy on n_train examples: full batch, AdamW, constant learning rate, no shots; the
+    mean over held-out tests in the last third of the steps (MIDAS's protocol, shortened), and over three draws of
+    examples -> dict: value, se (standard error over the draws), n, chance."""
+    values = []
+    for draw in range(3):
+        tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {draw} {task}")
+        pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
+        tokens, targets = (x.to(model.embed.weight.device) for x in encode_pairs(pairs, tokenizer))     # (n_train, T)
+        tests = encode_examples(task, tokenizer, model.config.context, n_test, seed=draw)[:2]           # (n_test, T)
+        # a fresh optimizer: the run's own moments are of other text
+        optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
+        for step in range(1, steps + 1):
+            tuned(tokens, targets)[1].backward()    # all examples in each step; only the answer is learned
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step > steps * 2 // 3 and (steps - step) % 6 == 0:       # six tests in 100 steps
+                scores.append(score_rows(tuned, *tests)[1].float().mean().item())
+        values.append(statistics.mean(scores))
+    return {"value": statistics.mean(values), "se": statistics.stdev(values) / 3 ** 0.5, "n": n_test,
+            "chance": TASKS[task].chance}
+
 
 NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     # -$1,234.50, .5, 3/4
 
@@ -458,114 +471,101 @@ NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     
 def is_same(prediction, reference):
     """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
     with the last number of the prediction, any other answer as a whole."""
+    # one kind of minus
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
-    if not re.fullmatch(NUMBER, reference):    # text: the whole of it counts
+    if not re.fullmatch(NUMBER, reference):     # text: the whole of it counts
         return prediction.split() == reference.split()
     found = re.findall(NUMBER, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
+    # as fractions, so that 4/6 is 2/3 and 18.00 is 18
     values = [Fraction(re.sub("[$,]", "", number)) for number in (*found, reference)]
     return len(values) == 2 and values[0] == values[1]
 
 
-def read_questions(file, n=None, shots=0, skip=0):
-    """A .jsonl of `question` and `answer` -> [(prompt, answer), ...]. The first `shots` lines are worked examples of
-    all others; the first `skip` lines are not asked, so that the questions are the same at every number of shots."""
-    pairs = [pair_of(item) for item in read_jsonl(file)]
-    skip = max(skip, shots)
-    if () in pairs:
-        raise ValueError(f"{file}: question {pairs.index(()) + 1} has no question or no answer")
-    if len(pairs) <= skip:
-        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
-    before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
-    return [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
-
-
 def answer_questions(model, tokenizer, questions, length, path=None):
-    """Whether the greedy continuation gives the answer -> bool, one per question that fits the context."""
+    """Whether the greedy continuation of each prompt gives its answer -> (n,) bool"""
     right = []
     for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
         room = model.config.context - 1 - len(tokenizer.encode(prompt))     # for the answer, after eot and the prompt
-        if room > 0:
-            text = complete(model, tokenizer, prompt, min(length, room), path)
-            right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))     # it may ask on by itself
-    if len(right) < len(questions):
-        tqdm.write(f"{len(questions) - len(right)} of {len(questions)} prompts fill the context: left out")
+        text = complete(model, tokenizer, prompt, min(length, room), path)
+        right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))    # it may ask on by itself
     return torch.tensor(right)
 
-
-def examples_of(args, tokenizer, context):
-    """What a scan (loop.py) asks: --data, --questions or --task -> tokens, targets (n, T)"""
-    if args.data:
-        rows = rows_of(args.data, tokenizer, context, args.n)
-        return rows[:, :-1], rows[:, 1:]    # every token is predicted
-    if not args.questions:
-        if args.task not in TASKS:
-            raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
-        return padded(encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[0])
-    pairs = [encode_example(tokenizer, *pair) for pair in read_questions(args.questions, args.n)]
-    fitting = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= context]
-    if not fitting:
-        raise ValueError(f"none of {len(pairs)} questions fits the context of {context}")
-    if len(fitting) < len(pairs):
-        tqdm.write(f"{len(pairs) - len(fitting)} of {len(pairs)} questions do not fit the context of {context}: left out")
-    return padded(fitting)
-
 # -----------------------------------------------------------------------------
-# what is measured of a model
+# measurements are rows: table, model and path, seed, column, value. Tables and figures are made of rows
 
-def measure(args, model, checkpoint):
-    """All that was asked for, of one model: yields table, path as it is written, column, score, such as
-    "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
-    paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
-    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if args.tasks or args.questions else None
-    if args.curves:
-        yield from curves(checkpoint)
-    elif args.finetune:
-        for task, n_train, draws in itertools.product(args.tasks, args.finetune, [range(args.seed, args.seed + 3)]):
-            tuned = [finetune(model, tokenizer, task, n_train, args.n, seed=draw) for draw in draws]
-            yield f"{task}: accuracy by number of fine-tuning examples", "", str(n_train), {
-                "value": statistics.mean(tuned), "se": statistics.stdev(tuned) / len(tuned) ** 0.5, "n": args.n,
-                "chance": TASKS[task].chance}
-    elif args.questions:
-        table, all_shots = f"{os.path.basename(args.questions)}: right answers by shots", args.shots or [0]
-        for shots, (where, path) in itertools.product(all_shots, paths.items()):
-            questions = read_questions(args.questions, args.n, shots, skip=max(all_shots))
-            right = answer_questions(model, tokenizer, questions, args.length, path)
-            if len(right):
-                yield table, where, str(shots), proportion(right)
-    else:
-        yield from scores(args, model, checkpoint, tokenizer, paths)
-
-
-def curves(checkpoint):
-    """What the log of a run has at each step, but for the lines just after growth."""
+def curves(args, model, checkpoint):
+    """What the log of a model's run has at each step: yields table, step, column, score."""
     for row in checkpoint.get("log", []):
-        for column in [] if "growth" in row else row:    # the line before growth has the same step
+        for column in [] if "growth" in row else row:       # after growth the step has a line once more
             if column.startswith(("hops-", "loss ")):
                 yield "training", f"step {row['step']}", column, {
                     "value": row[column], "x": row["flops_share"], "depth": row["depth"]}
 
 
-def scores(args, model, checkpoint, tokenizer, paths):
-    """Training FLOPs, losses and accuracies along each path, or accuracies by the number of shots."""
-    table = "along paths" if len(paths) > 1 else "tasks"
-    if not args.shots:
-        if table == "tasks" and checkpoint.get("log"):      # a share of a plain model's
-            yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
-        for name, (where, path) in itertools.product(checkpoint["heldout"], paths.items()):
-            yield table, where, f"loss {name}", {"value": estimate_loss(model, checkpoint["heldout"][name], path)}
-    for task, shots, (where, path) in itertools.product(args.tasks, args.shots or [None], paths.items()):
+def measure(args, model, checkpoint):
+    """What was asked for, of one model: yields table, path as it is written, column, score, such as
+    "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
+    paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
+    table, curve = "along paths" if len(paths) > 1 else "tasks", args.finetune or args.shots
+    # 1. FLOPs, a share of a plain model's, and losses
+    heldout = {} if curve or args.questions else checkpoint["heldout"]
+    if heldout and table == "tasks" and checkpoint.get("log"):
+        yield table, "", "flops", {"value": checkpoint["log"][-1]["flops_share"]}
+    for name, (where, path) in itertools.product(heldout, paths.items()):
+        yield table, where, f"loss {name}", {"value": estimate_loss(model, heldout[name], path)}
+    # 2. questions of each task, or of a file, by the number of examples where this is asked for
+    asked = [os.path.basename(args.questions)] if args.questions else args.tasks
+    tokenizer = get_tokenizer(checkpoint["tokenizer"]) if asked else None
+    for task, examples, (where, path) in itertools.product(asked, curve or [None], paths.items()):
         try:
-            score = accuracy(model, tokenizer, task, args.n, shots, path, args.seed)
-        except ValueError as error:     # its questions do not fit the context: the others' table counts
+            if args.finetune:
+                score = finetune(model, tokenizer, task, examples, args.n)
+            elif args.questions:
+                questions = read_questions(args.questions, tokenizer, model.config.context, args.n, examples or 0,
+                                           skip=max(curve or [0]))
+                score = proportion(answer_questions(model, tokenizer, questions, args.length, path))
+            else:
+                score = accuracy(model, tokenizer, task, args.n, examples, path)
+        except TooLong as error:        # the others' table counts
             tqdm.write(f"{error}: left out")
             continue
-        if shots is None:
+        if not curve:
             yield table, where, task, score
-        elif score["shots"] == shots:   # else so many do not fit the context
-            yield f"{task}: accuracy by number of shots", where, str(shots), score
+        elif score.get("shots", examples) == examples:      # else so many do not fit the context
+            by = "fine-tuning examples" if args.finetune else "shots"
+            yield f"{task}: accuracy by number of {by}", where, str(examples), score
 
-# -----------------------------------------------------------------------------
-# measurements are rows: table, model and path, seed, column, value. Tables and figures are made of rows
+
+def label_of(name, checkpoint):
+    """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
+    lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
+    seed = checkpoint["args"].get("seed", 0)        # a model of Hugging Face has no args
+    folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
+    folder = re.sub(rf"-s?{seed}$", "", folder)     # lidas-s0 or lidas-0
+    return folder if folder and file == "ckpt.pt" else os.path.join(folder, file), seed
+
+
+def rows_of_models(args, measure):
+    """What a command measures of its models, one after another -> rows, each appended to --results as it comes."""
+    device, rows = pick_device(args.device), []
+    for name in args.models:    # a mistyped one is noticed before the first is measured
+        if name.endswith(".pt") and not os.path.exists(name):
+            raise ValueError(f"there is no file {name}")
+    # one name for one file, however it is written
+    for name in dict.fromkeys(os.path.relpath(name) if os.path.exists(name) else name for name in args.models):
+        model, checkpoint = load_checkpoint(name, device)
+        label, seed = label_of(name, checkpoint)
+        if args.data:           # in place of the model's own held-out text
+            text = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
+            checkpoint["heldout"] = {os.path.basename(args.data): text}
+        measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
+        for table, where, column, score in measured:
+            line = f"{label} {where}".strip()
+            rows.append({"table": table, "model": line, "seed": seed, "column": column, **score})
+            if args.results:    # at once: a command that is stopped leaves what it has measured
+                append_rows(args.results, rows[-1:])
+    return rows
+
 
 def append_rows(file, rows):
     with open(file, "a", encoding="utf-8") as f:
@@ -574,19 +574,18 @@ def append_rows(file, rows):
 
 def read_rows(file):
     """The rows of a file that --results wrote."""
-    rows = list(read_jsonl(file))
-    kinds = {"table": str, "model": str, "column": str, "seed": int, "value": (int, float)}
-    if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
+    rows, names = list(read_items(file)), {"table", "model", "seed", "column"}
+    if not all(row.keys() >= names and isinstance(row.get("value"), (int, float)) for row in rows):
         raise ValueError(f"{file} has rows that --results did not write")
     return rows
 
 
 def tables_of(rows):
-    """-> of each table its name, {(model, column): {seed: row}}, models, columns. What is measured again counts once."""
-    tables = {}
+    """-> of each table its name, {(model, column): {seed: row}}, models, columns. Of a row twice the last counts."""
+    tables = {}     # {table: {(model, column): {seed: row}}}
     for row in rows:
-        place = row["model"], row["column"]
-        tables.setdefault(row["table"], {}).setdefault(place, {})[row["seed"]] = row
+        cells = tables.setdefault(row["table"], {})
+        cells.setdefault((row["model"], row["column"]), {})[row["seed"]] = row
     for table, cells in tables.items():
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
 
@@ -603,26 +602,6 @@ def differences(rows, names):
                 yield {**found[0][seed], "model": title.format(*names), "value": value, "paired": True}
 
 
-def print_tables(rows):
-    """A line per model, a column per measurement, or the other way round where there are more of these."""
-    for table, cells, names, columns in tables_of(rows):
-        lines = [["", "seeds", *columns]]
-        for name in names:
-            found = [list(cells.get((name, column), {}).values()) for column in columns]
-            seeds = max(map(len, found))        # a cell may have fewer
-            lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
-        for key in ("chance", "shots", "n"):    # what the scores of a column share
-            shared = {column: f"{round(row[key], 2):g}" for (_, column), by_seed in cells.items()
-                      for row in by_seed.values() if key in row}
-            if shared:
-                lines.append([key, "", *(shared.get(column, "") for column in columns)])
-        lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
-        first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
-        print(f"\n{table}")
-        for name, *texts in lines:
-            print("  ".join([name.ljust(first), *map(str.rjust, texts, widths)]).rstrip())
-
-
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
 
 
@@ -631,14 +610,34 @@ def cell(rows, seeds):
     difference ± half of its 95% interval, by Student's t. Their number follows where their line has more `seeds`."""
     if not rows:
         return "-"
-    values, n = [row["value"] for row in rows], len(rows)
-    text = f"{statistics.mean(values):{'+' if 'paired' in rows[0] else ''}.3f}"
-    if n > 1:
-        interval = STUDENT[min(n - 2, 8)] / n ** 0.5 if "paired" in rows[0] else 1
-        text += f"±{interval * statistics.stdev(values):.3f}"
-    elif "se" in rows[0]:
-        text += f"±{rows[0]['se']:.3f}"
-    return text + (f" ({n})" if n < seeds else "")
+    n, paired = len(rows), "paired" in rows[0]
+    mean = statistics.mean(row["value"] for row in rows)
+    spread = statistics.stdev(row["value"] for row in rows) if n > 1 else rows[0].get("se")
+    if paired:      # there are at least two
+        spread *= STUDENT[min(n - 2, 8)] / n ** 0.5
+    text = f"{mean:+.3f}" if paired else f"{mean:.3f}"
+    return text + ("" if spread is None else f"±{spread:.3f}") + (f" ({n})" if n < seeds else "")
+
+
+def print_tables(rows):
+    """A line per model, a column per measurement, or the other way round where there are more of these."""
+    for table, cells, names, columns in tables_of(rows):
+        lines = [["", "seeds", *columns]]       # texts, the heading first
+        for name in names:
+            found = [list(cells.get((name, column), {}).values()) for column in columns]    # a row per seed, each
+            seeds = max(map(len, found))        # a cell may have fewer
+            lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
+        for key in ("chance", "shots", "n"):    # what the scores of a column share
+            shared = {column: f"{round(row[key], 2):g}" for (_, column), by_seed in cells.items()
+                      for row in by_seed.values() if key in row}
+            if shared:
+                lines.append([key, "", *(shared.get(column, "") for column in columns)])
+        lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
+        # as wide as the longest text of each column, the first one to the left
+        first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
+        print(f"\n{table}")
+        for name, *texts in lines:
+            print("  ".join([name.ljust(first), *map(str.rjust, texts, widths)]).rstrip())
 
 
 def plot_lines(file, rows, xlabel, ylabels):
@@ -672,44 +671,11 @@ def plot_lines(file, rows, xlabel, ylabels):
     figure.axes[0].legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
-# -----------------------------------------------------------------------------
 
-def label_of(name, checkpoint):
-    """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
-    lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
-    seed = checkpoint["args"].get("seed", 0)
-    folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
-    folder = re.sub(rf"-s?{seed}$", "", folder)
-    return folder if folder and file == "ckpt.pt" else os.path.join(folder, file), seed
-
-
-def rows_of_models(args, measure):
-    """What a command measures of its models, one after another -> rows, each appended to --results as it comes."""
-    device, rows = pick_device(args.device), []
-    for name in args.models:    # a mistyped one is noticed before the first is measured
-        if name.endswith(".pt") and not os.path.exists(name):
-            raise ValueError(f"there is no file {name}")
-    # one name for one file, however it is written
-    for name in dict.fromkeys(os.path.relpath(name) if os.path.exists(name) else name for name in args.models):
-        model, checkpoint = load_checkpoint(name, device)
-        label, seed = label_of(name, checkpoint)
-        if args.data:           # in place of the model's own held-out text
-            text = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
-            checkpoint["heldout"] = {os.path.basename(args.data): text}
-        measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
-        for table, where, column, score in measured:
-            line = f"{label} {where}".strip()
-            rows.append({"table": table, "model": line, "seed": seed, "column": column, **score})
-            if args.results:
-                append_rows(args.results, rows[-1:])
-    return rows
-
-
-ALONG, KINDS = ("loop", "path"), ("tasks", "data", "questions", "finetune", "curves")
 CONFLICTS = {   # an option: those that would mean nothing beside it
-    "questions": ("tasks", "data", "finetune", "curves", "seed"), "shots": ("data",),
-    "finetune": (*ALONG, "data", "shots", "curves"), "curves": (*ALONG, "tasks", "data", "shots", "n", "seed"),
-    "table": (*ALONG, *KINDS, "shots", "n", "results", "seed", "device"), "plot": ("json", "compare")}
+    "questions": ("tasks", "data", "finetune", "curves"), "shots": ("data",), "plot": ("json", "compare"),
+    "finetune": ("loop", "path", "data", "shots", "curves"), "curves": ("loop", "path", "tasks", "data", "shots", "n"),
+    "table": "loop path tasks data questions finetune curves shots n results device".split()}
 
 
 def main():
@@ -719,9 +685,8 @@ def main():
     # what to measure
     parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; if none: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
-    parser.add_argument("--shots", type=int, nargs="+", action="extend", help="in-context curve: numbers of examples")
-    parser.add_argument("--finetune", type=positive_int, nargs="+", action="extend",
-                        help="fine-tuning curve: numbers of examples")
+    parser.add_argument("--shots", type=between(0, 1000, int), nargs="+", help="in-context curve: numbers of examples")
+    parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")
     parser.add_argument("--length", type=positive_int, default=128, help="longest answer to them (default: 128)")
@@ -731,10 +696,9 @@ def main():
     parser.add_argument("--table", metavar="FILE", help="print the tables of such a file, measure nothing")
     parser.add_argument("--only", default="", help="--table: only where \"table: model\" has this pattern")
     parser.add_argument("--compare", nargs="+", metavar="LINE",
-                        help="two lines of a table and their difference, or four: (1 - 2) - (3 - 4); ± half of its 95%% interval")
+                        help="lines 1 - 2 of a table, or (1 - 2) - (3 - 4), with ± half of the 95%% interval")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args, _ = read_options(parser, CONFLICTS, requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
@@ -743,19 +707,18 @@ def main():
         raise ValueError("--plot goes with --curves, or with their rows in --table")
     if args.compare and len(args.compare) not in (2, 4):
         raise ValueError("--compare takes two lines, or four")
-    if min(args.shots or [0]) < 0:
-        raise ValueError("--shots are 0 or more")
     check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
-    # the rows, and what is shown of them
-    rows = read_rows(args.table) if args.table else rows_of_models(args, measure)
+    # 1. the rows
+    rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if args.compare:
         rows = [row for row in rows if row["model"] in args.compare]
         rows += differences(rows, args.compare)
         if not any("paired" in row for row in rows):
             raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
+    # 2. what is shown of them
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
     if args.plot:

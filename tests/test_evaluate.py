@@ -1,5 +1,6 @@
 """Tasks against published examples and a solver, scoring against real generation, and what must stay apart."""
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -25,6 +26,11 @@ def tokenizer():
 def questions(task, n=300, **options):
     rng = random.Random(f"tests {task}")
     return [E.example(task, rng, **options) for _ in range(n)]
+
+
+def encoded(tokenizer, prompt, answer):
+    tokens, targets = E.encode_pairs([(prompt, answer)], tokenizer)
+    return tokens[0].tolist(), targets[0].tolist()
 
 # -----------------------------------------------------------------------------
 # the world
@@ -52,7 +58,7 @@ def test_formats_as_published(task):
 
 @pytest.mark.parametrize("task", [task for task in E.TASKS if task.startswith(("assign", "hops"))])
 def test_assignments_against_a_solver(task):
-    hops = E.TASKS[task].options["hops"]
+    hops = E.TASKS[task].family.keywords["hops"]
     for prompt, answer in questions(task, 50):
         values = dict(re.findall(r"^(\w)=(\w+)$", prompt, re.M))
         asked = (re.findall(r"^(\w)=(?:___.*)?\Z", prompt, re.M) or re.findall(r"value of (\w)\?", prompt))[0]
@@ -103,8 +109,8 @@ def test_a_task_is_a_function_of_its_seed_and_can_be_guessed_as_often_as_it_says
     most = Counter(answer for _, answer in pairs).most_common(1)[0][1] / len(pairs)
     assert most < E.TASKS[task].chance + 0.1
     for prompt, answer in pairs[:50]:       # prompt and answer share no token: encoded together they are as apart
-        begin, end = E.encode_example(tokenizer, prompt, answer)
-        assert begin == [tokenizer.eot] + tokenizer.encode(prompt) and end == tokenizer.encode(answer) and end
+        begin, end = tokenizer.encode(prompt), tokenizer.encode(answer)
+        assert encoded(tokenizer, prompt, answer) == ([tokenizer.eot, *begin, *end[:-1]], [-1] * len(begin) + end) and end
 
 
 @pytest.mark.parametrize("stream", E.STREAMS)
@@ -137,9 +143,8 @@ def test_shots_are_not_the_question_and_never_held_out():
 
 
 def test_as_many_shots_as_fit(tokenizer):
-    examples, shots = E.encode_examples("assign-0", tokenizer, 100, 20, shots=5)
-    assert 0 < shots < 5 and max(len(p) + len(a) for p, a in examples) <= 100
-    assert len({tuple(prompt) for prompt, _ in examples}) == 20
+    tokens, _, shots = E.encode_examples("assign-0", tokenizer, 100, 20, shots=5)
+    assert 0 < shots < 5 and tokens.shape[1] <= 100 and len(set(map(tuple, tokens.tolist()))) == 20
     with pytest.raises(ValueError, match="context"):
         E.encode_examples("assign-0", tokenizer, 12, 20)
 
@@ -152,12 +157,14 @@ def test_as_many_shots_as_fit(tokenizer):
 def test_scoring_equals_greedy_generation(path, eot):
     """Teacher forcing with all tokens the arg-max is the same as generating the whole answer: half of the answers here
     are what the model generates, the others are changed in the last token."""
-    model, examples = tiny_model(eot=eot), []
+    model, pairs = tiny_model(eot=eot), []
     for i in range(24):
-        prompt, n = some_tokens(1, 3 + i % 5, seed=i)[0].tolist(), 1 + i % 4
+        prompt, n = [0, *some_tokens(1, 2 + i % 5, seed=i)[0].tolist()], 1 + i % 4
         answer = model.generate(torch.tensor([prompt]), n, path, temperature=0)[0, len(prompt):].tolist()
-        examples.append((prompt, answer if i % 2 else answer[:-1] + [(answer[-1] + 1) % 61]))
-    right = score_rows(model, *E.padded(examples), path, batch=7)[1]
+        answer = answer if i % 2 else answer[:-1] + [(answer[-1] + 1) % 61]
+        pairs.append(tuple("".join(f"{token} " for token in some) for some in (prompt[1:], answer)))
+    words = get_tokenizer({"words": list(map(str, range(61))), "pattern": r"\d+"})
+    right = score_rows(model, *E.encode_pairs(pairs, words), path, batch=7)[1]
     assert right.tolist() == [bool(i % 2) for i in range(24)]
 
 
@@ -165,15 +172,14 @@ def test_a_prompt_and_its_answer_are_encoded_together(bytes_for_gpt2, monkeypatc
     """Apart, GPT-2's splitting gave tokens that running text never has, in half of the preschool questions."""
     tokenizer = get_tokenizer({"words": ["<|endoftext|>", "a", "->", "-", "-1", "->-1", "1"], "pattern": r"[-=>1]+|\w"})
     assert tokenizer.encode("a->") == [1, 2] and tokenizer.encode("a->-1") == [1, 5]
-    prompt, answer = E.encode_example(tokenizer, "a->", "-1")
-    assert prompt == [0, 1] and answer == [5] and prompt + answer == [0] + tokenizer.encode("a->-1")
-    assert E.encode_example(get_tokenizer("gpt2"), "ab", " c") == ([256, 97, 98], [32, 99])
+    assert encoded(tokenizer, "a->", "-1") == ([0, 1], [-1, 5])
+    assert encoded(get_tokenizer("gpt2"), "ab", " c") == ([256, 97, 98, 32], [-1, -1, 32, 99])
 
 
 def test_fine_tuning_learns_its_examples_and_leaves_the_model_alone(tokenizer):
     model = tiny_model(vocab_size=tokenizer.n_vocab, context=128, n_layer=2)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    score = E.finetune(model, tokenizer, "closed-book", 8, n_test=8, steps=15)
+    score = E.finetune(model, tokenizer, "closed-book", 8, n_test=8, steps=15)["value"]
     assert 0 <= score <= 1 and all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
@@ -207,19 +213,19 @@ FORMS = {   # ways to write the same two documents
 
 @pytest.mark.parametrize("name", FORMS)
 def test_valid_data_in_every_form(name, tmp_path):
-    assert list(E.documents(str(written(tmp_path / name, FORMS[name])))) == ["Mia", "14 14"]
+    assert list(E.read_pairs(str(written(tmp_path / name, FORMS[name])))) == [("", "Mia"), ("", "14 14")]
 
 
 def test_fields_questions_and_plain_text(tmp_path):
     file = str(written(tmp_path / "a.jsonl", jsonl({"body": "a"}, {"body": 7})))
-    assert list(E.documents(file, "body")) == ["a", "7"]
+    assert list(E.read_pairs(file, "body")) == [("", "a"), ("", "7")]
     for field in (None, "bdoy"):                # a mistyped field was passed over
         with pytest.raises(ValueError, match="body.*--field"):
-            list(E.documents(file, field))
+            list(E.read_pairs(file, field))
     file = str(written(tmp_path / "q.jsonl", jsonl({"question": "1+1?", "answer": 2})))     # an answer that is a number
-    assert list(E.documents(file)) == ["Question: 1+1?\nAnswer: 2"]
-    assert list(E.documents(str(written(tmp_path / "a.txt", "\ufeffa\n\nb")))) == ["a\n\nb"]
-    assert list(E.documents(str(written(tmp_path / "A.TXT", "a")))) == ["a"]
+    for field in (None, "body"):                # --field is of the other files
+        assert list(E.read_pairs(file, field)) == [("Question: 1+1?\nAnswer:", " 2")]
+        assert list(E.read_pairs(str(written(tmp_path / "A.TXT", "\ufeffa\n\nb")), field)) == [("", "a\n\nb")]
 
 
 @pytest.mark.parametrize("kind", ["raw", "llm.c", "gz"])
@@ -235,13 +241,17 @@ def test_token_files_and_text_give_the_same_tokens(kind, tokenizer, tmp_path):
     assert E.rows_of(str(file), tokenizer, 9, 3).flatten().tolist() == tokens[:30].tolist()
 
 
-def test_questions_of_a_file(trained, tmp_path):
+def test_questions_of_a_file(trained, tmp_path, bytes_for_gpt2, capsys):
     file = written(tmp_path / "q.jsonl", "\ufeff" + jsonl({"question": "1+1?", "answer": 2}) + "\n" +
-                   jsonl({"question": "2+1?", "answer": "1+2\n#### 3"}, {"question": "k?", "answer": 0}))
-    (first, answer), _, (_, zero) = E.read_questions(str(file))
+                   jsonl({"question": "2+1?", "answer": "1+2 = 3"}, {"question": "k?", "answer": 0}))
+    read = functools.partial(E.read_questions, str(file), get_tokenizer("gpt2"))
+    (first, answer), _, (_, zero) = read(99)
     assert first.endswith("1+1?\nAnswer:") and answer.strip() == "2" and zero.strip() == "0"
-    assert len(E.read_questions(str(file), shots=1, skip=2)) == 1       # the same questions at every number of shots
-    (prompt, _), = E.read_questions(str(file), shots=2)
+    assert len(read(99, shots=1, skip=2)) == 1          # the same questions at every number of shots
+    assert len(read(26)) == 2 and "1 of 3 do not fit the context of 26" in capsys.readouterr().out     # once: wrong
+    with pytest.raises(E.TooLong, match="none of 3"):
+        read(9)
+    (prompt, _), = read(99, shots=2, skip=2)
     assert prompt.count("Question:") == 3 and "1+1?\nAnswer: 2\n\n" in prompt and prompt.endswith("k?\nAnswer:")
     rows = tmp_path / "rows.jsonl"
     command = ["evaluate.py", trained / "ckpt.pt", "--questions", file, "--device", "cpu", "--length", 4, "--results", rows]
@@ -259,8 +269,6 @@ def test_a_question_that_the_model_goes_on_to_ask_is_not_scored(tokenizer, monke
     monkeypatch.setattr(E, "complete", lambda *_: " 3 + 4 = 7\nQuestion: 4 + 5 ?\nAnswer: 9")
     pairs = [("Question: 3 + 4 ?\nAnswer:", " 7"), ("Question: 3 + 4 ?\nAnswer:", " 9")]
     assert E.answer_questions(tiny_model(), tokenizer, pairs, 20).tolist() == [True, False]
-    long = ("Question: " + "3 + " * 30 + "4 ?\nAnswer:", " 94")         # does not fit, and was counted as wrong
-    assert E.answer_questions(tiny_model(), tokenizer, [*pairs, long], 20).tolist() == [True, False]
 
 # -----------------------------------------------------------------------------
 # rows, tables, the command
@@ -332,8 +340,8 @@ def test_seeds_share_a_line_and_runs_of_one_name_do_not():
 
 def test_a_task_that_does_not_fit_the_context_is_left_out(tokenizer, capsys):
     """One such task ended the default command, and took the others' table with it."""
-    args = argparse.Namespace(tasks=["hops-6", "hops-0"], shots=[0], n=4, seed=0, loop=[], path=[], data=None,
-                              questions=None, finetune=None, curves=False)
+    args = argparse.Namespace(tasks=["hops-6", "hops-0"], shots=[0], n=4, loop=[], path=[], questions=None,
+                              finetune=None)
     model, checkpoint = tiny_model(vocab_size=tokenizer.n_vocab, context=48), {"tokenizer": E.TOKENIZER}
     assert [table.split(":")[0] for table, *_ in E.measure(args, model, checkpoint)] == ["hops-0"]
     assert "hops-6 is longer than the context of 48: left out" in capsys.readouterr().out
