@@ -38,8 +38,7 @@ from loop import add_path_options, paths_of
 from model import (between, check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_rows)
 
-# -----------------------------------------------------------------------------
-# the words and the facts of the world
+# --- the words and the facts of the world ---------------------------------------------------------
 
 NAMES = string.ascii_lowercase + string.ascii_uppercase[:9]     # of variables: hops-6 needs 35
 NUMBERS = [str(n) for n in range(40)]                           # their values
@@ -74,8 +73,7 @@ SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
 TOKENIZER = {"words": ["<|endoftext|>", *WORDS], "pattern": PIECES}     # for get_tokenizer
 
-# -----------------------------------------------------------------------------
-# families: random.Random, options -> body, [(question, answer), ...]
+# --- families: random.Random, options -> body, [(question, answer), ...] --------------------------
 
 def lookups(rng, hops=1):
     """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its ="""
@@ -209,8 +207,7 @@ def preschool(rng, calculation):
     answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
 
-# -----------------------------------------------------------------------------
-# training text and tasks
+# --- training text and tasks ----------------------------------------------------------------------
 
 STREAMS = {     # family: its share of the documents, as a weight
     "general": {lookups: 65, lists: 20, rule: 4, open_book: 2, portrait: 4, closed_book: 5},
@@ -281,8 +278,7 @@ def world_row(tokenizer, context, stream, heldout, seed, number):
         row += [tokenizer.eot] + tokenizer.encode(document(rng, stream, heldout))
     return np.array(row[:context + 1])
 
-# -----------------------------------------------------------------------------
-# files of text and of questions
+# --- files of text and of questions ---------------------------------------------------------------
 
 def read_items(file, field="text"):
     """The objects in the lines of a .jsonl or .jsonl.gz file, or of a .txt or .md file one: {field: its text}."""
@@ -357,8 +353,7 @@ def rows_of(file, tokenizer, context, n):
         raise ValueError(f"{file} has {len(tokens)} tokens, fewer than a row of {width}")
     return torch.tensor(tokens[:len(tokens) // width * width]).view(-1, width)      # (rows, T + 1)
 
-# -----------------------------------------------------------------------------
-# questions and their scores: exact match in one forward pass, or the number at the end of what the model writes
+# --- questions and their scores -------------------------------------------------------------------
 
 class TooLong(ValueError):
     """The questions do not fit the context."""
@@ -490,8 +485,7 @@ def answer_questions(model, tokenizer, questions, length, path=None):
         right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))    # it may ask on by itself
     return torch.tensor(right)
 
-# -----------------------------------------------------------------------------
-# measurements are rows: table, model and path, seed, column, value. Tables and figures are made of rows
+# --- measurements are rows, and tables and figures are made of rows -------------------------------
 
 def curves(args, model, checkpoint):
     """What the log of a model's run has at each step: yields table, step, column, score."""

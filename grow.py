@@ -24,8 +24,7 @@ from loop import add_path_options, loop_path, path_of
 from model import (check_outputs, estimate_loss, load_checkpoint, positive_int, read_options, run_script,
                    save_checkpoint)
 
-# -----------------------------------------------------------------------------
-# growth operators: (stored layers, layers per block) -> path of n_layer + block visits, `block` layers twice
+# --- growth operators: stored layers, layers per block -> path ------------------------------------
 
 def check_blocks(n_layer, block):
     if block < 1 or n_layer < block or n_layer % block:
@@ -53,8 +52,7 @@ def lidas(n_layer, block):
 
 METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 
-# -----------------------------------------------------------------------------
-# growing the weights, and the optimizer's state with them; and when to grow
+# --- growing the weights, and the optimizer's state with them; and when to grow -------------------
 
 def grow(model, path=None):
     """An independent model with a layer for each visit of the path (its own for None), a copy of layer path[visit]: now
@@ -112,7 +110,7 @@ def depth_schedule(total, depth, block, alpha=0.0):
     steps = growth_steps(total, depth // block, alpha)
     return [(sum(steps[:i]), (i + 1) * block) for i in range(len(steps))]      # a block more in each
 
-# -----------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -26,8 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# -----------------------------------------------------------------------------
-# the model
+# --- the model ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class GPTConfig:
@@ -291,8 +290,7 @@ class GPT(nn.Module):
                 sources[f"layers.{visit}.{name}"] = p       # layer path[visit] has become layer `visit`
         return sources
 
-# -----------------------------------------------------------------------------
-# scoring
+# --- scoring --------------------------------------------------------------------------------------
 
 def score_targets(model, hidden, targets):
     """hidden (B, T, n_embd) of model.hidden, targets (B, T; -1 is not scored) -> of each row the mean loss in nats, and
@@ -321,8 +319,7 @@ def estimate_loss(model, rows, path=None):
     """Mean cross-entropy (nats per token) on rows (n, T + 1) of token ids."""
     return score_rows(model, rows[:, :-1], rows[:, 1:], path)[0].mean().item()
 
-# -----------------------------------------------------------------------------
-# opening and saving: Hugging Face's names, tokenizers, checkpoints, and what every script does at its start
+# --- opening and saving, and what every script does at its start ----------------------------------
 
 LLAMA = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
          "norm1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",

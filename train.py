@@ -42,8 +42,7 @@ from loop import add_path_options, path_of
 from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
-# -----------------------------------------------------------------------------
-# data
+# --- data -----------------------------------------------------------------------------------------
 
 def open_stream(name, files, args, tokenizer):
     """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows
@@ -91,8 +90,7 @@ def make_batch(streams, args, rank, world_size, step):
             rows.append(streams["general"](step * args.batch + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
-# -----------------------------------------------------------------------------
-# the schedule, and what it costs: functions of the step alone
+# --- the schedule, and what it costs: functions of the step alone ---------------------------------
 
 def learning_rate(args, step):
     """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
@@ -109,8 +107,7 @@ def training_flops(config, rows, context, depth):
     attention = 4 * config.n_embd * context // 2        # q k^T and its product with v, of half a row on average
     return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
 
-# -----------------------------------------------------------------------------
-# the model and its optimizer
+# --- the model and its optimizer ------------------------------------------------------------------
 
 def model_config(args, tokenizer):
     """A new model: of the first stage's depth, or of the layers that --loop or --path visits."""
@@ -181,8 +178,7 @@ def prepare(model, args):
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
-# -----------------------------------------------------------------------------
-# arguments
+# --- arguments ------------------------------------------------------------------------------------
 
 QUESTIONS = 64      # of each number of hops, at a log line: a standard error of 6 points at most
 DEPTH = ("method", "layers", "block", "alpha")
@@ -299,8 +295,7 @@ def check(args, given, path, model, checkpoint):
     for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
-# -----------------------------------------------------------------------------
-# what a run prints and keeps
+# --- what a run prints and keeps ------------------------------------------------------------------
 
 class Run:
     """What a run prints, keeps and saves: on the first process only, where there are several."""
