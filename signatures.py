@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, plot_lines, print_tables, rows_of_models
-from loop import add_path_options, loop_of, paths_of
+from loop import add_path_options, paths_of
 from model import check_outputs, estimate_loss, positive_int, run_script
 
-# -----------------------------------------------------------------------------
-# running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
+# --- running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
 # and layers with norm1, attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
 
 def run_visit(layer, x, rope_and_mask):
@@ -43,8 +42,7 @@ def trace(model, tokens, path=None):
     h, a, m = (torch.stack(parts) for parts in zip(*visits))    # (depth, B, T, n_embd) each
     return path, h, a, m, x
 
-# -----------------------------------------------------------------------------
-# what each visit adds, and what leaving it out changes
+# --- what each visit adds, and what leaving it out changes ----------------------------------------
 
 @torch.no_grad()
 def contributions(model, tokens, path=None):
@@ -167,8 +165,7 @@ def weight_similarity(model, path=None):
     path = model.config.resolve_path(path)
     return similarity[path][:, path].cpu()
 
-# -----------------------------------------------------------------------------
-# one number per claim
+# --- one number per claim -------------------------------------------------------------------------
 
 def late_over_middle(curve):
     """1a: mean of the last third of visits over that of the middle third (of 8 visits: 2 over 3); above 1 where late
@@ -203,8 +200,7 @@ def convergence(curve, other):
     curve, other = (np.interp(places, np.linspace(0, 1, len(c)), c) for c in (curve, other))
     return np.corrcoef(curve, other)[0, 1].item()
 
-# -----------------------------------------------------------------------------
-# all of them for one model, and what is printed
+# --- all of them for one model, and what is printed -----------------------------------------------
 
 BY_VISIT = {    # in table and figure: what the y axis says
     "update": "|D| / |h|", "cos_attention": "cosine", "skip_output": "|softmax - softmax'|",
@@ -256,8 +252,8 @@ def measure(args, model, checkpoint):
         raise ValueError("this model came without held-out text: give some with --data FILE")
     rows = next(iter(checkpoint["heldout"].values()))[:args.rows]       # of a run, its general text
     for name, path in (paths_of(args, model.config) or {"": model.config.resolve_path()}).items():
-        looped = loop_of(path)
-        block = args.block or (looped[1] if looped else checkpoint["args"].get("block")) or 2
+        looped = {index for index in path if path.count(index) > 1}         # the layers that the path repeats
+        block = args.block or len(looped) or checkpoint["args"].get("block") or 2
         curves = all_signatures(model, rows, block, path)
         for column in BY_VISIT:
             for visit, value in enumerate(curves[column].tolist()):
@@ -284,7 +280,7 @@ def convergence_rows(rows):
             yield {"table": "convergence: correlation of two models' curves", "model": line, "seed": seed,
                    "column": other, "value": statistics.mean(values)}
 
-# -----------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
