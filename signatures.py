@@ -1,7 +1,7 @@
 """
-Depth signatures: what each *visit* of a path does, for any model along any path (arXiv 2505.13898, 2512.08819).
-Claim 1 of the paper is that looped and grown models share them: later layers matter more than in a baseline (1a), and
-the curves repeat with the block that was grown or looped (1b).
+Depth signatures: what each *visit* of a path does, for any model along any path (arXiv 2505.13898, 2512.08819). Claim 1
+of the paper: looped and grown models share them. Later layers matter more than in a baseline (1a), and the curves
+repeat with the block that was grown or looped (1b). Interventions are paths, or positions at which a visit is left out.
 
     python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt                      # curves and numbers: a minute
     python signatures.py out/*/ckpt.pt --plot signatures.png                         # runs of several seeds
@@ -9,7 +9,6 @@ the curves repeat with the block that was grown or looped (1b).
     python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4        # any Llama
 
 h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
-Interventions are paths, or masks of the positions at which a visit is left out; there is no second model.
 """
 import argparse
 import statistics
@@ -22,8 +21,9 @@ from evaluate import append_rows, plot_lines, print_tables, rows_of_models
 from loop import add_path_options, paths_of
 from model import check_outputs, estimate_loss, positive_int, run_script
 
-# --- running visit by visit. A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head,
-# and layers with norm1, attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
+# --- running visit by visit -----------------------------------------------------------------------
+# A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head, and layers with norm1,
+# attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
 
 def run_visit(layer, x, rope_and_mask):
     """One visit on x (B, T, n_embd) -> a, m (B, T, n_embd)."""
@@ -46,11 +46,8 @@ def trace(model, tokens, path=None):
 
 @torch.no_grad()
 def contributions(model, tokens, path=None):
-    """Sublayer contributions (arXiv 2505.13898): how much each visit adds, and in which direction.
-
-    -> dict of curves (depth,), means over tokens: attention |a|/|h|, mlp |m|/|h + a|, update |D|/|h|, and the cosines
-    cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h).
-    """
+    """How much each visit adds, and in which direction (arXiv 2505.13898) -> curves (depth,), means over tokens:
+    attention |a|/|h|, mlp |m|/|h + a|, update |D|/|h|; cos_attention (a, h), cos_mlp (m, h + a), cos_update (D, h)."""
     _, h, a, m, _ = trace(model, tokens, path)
     result = {}
     for name, x, y in (("attention", a, h), ("mlp", m, h + a), ("update", a + m, h)):   # (depth, B, T, n_embd) each
@@ -61,15 +58,12 @@ def contributions(model, tokens, path=None):
 
 @torch.no_grad()
 def skip_effects(model, tokens, path=None, future=None, local=False):
-    """What leaving out one visit changes after it (arXiv 2505.13898): the maximum over positions, the mean over rows.
+    """What leaving out visit s changes after it (arXiv 2505.13898): the maximum over positions, the mean over rows.
 
-    Visit s is left out everywhere but at the first token of a document. D_l is the update of a later visit l in the
-    full run, D'_l in the run without s: effect(s, l) = |D_l - D'_l| / |D_l|, on the output |softmax - softmax'|_2.
-    local: D'_l is that of visit l alone, given its stream of the full run less D_s.
-    future=t: s is left out before t, and its effect is read from t on, in documents that began before t: only
-    attention can have carried it there.
-    -> effects (depth, depth), zero where l <= s; effect on the output (depth,). Raises ValueError where no position
-    can be read.
+    It is left out everywhere but at the first token of a document. Of a later visit l, |D_l - D'_l| / |D_l|, with D'_l
+    its update without s; of the output, |softmax - softmax'|_2. local: D'_l is that of visit l alone, given its stream
+    of the full run less D_s. future=t: s is left out before t, and read from t on, in documents that began before t:
+    only attention can have carried it there. -> effects (depth, depth), 0 where l <= s; on the output (depth,).
     """
     path, h, a, m, last = trace(model, tokens, path)
     update, rope_and_mask = a + m, model.rope_and_mask(tokens)
@@ -108,11 +102,6 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
     return effects, on_output
 
 
-def later_mean(effects):
-    """Mean effect of each visit on those after it, (depth, depth) -> (depth - 1,): the last one has none."""
-    return torch.stack([effects[s, s + 1:].mean() for s in range(len(effects) - 1)])
-
-
 @torch.no_grad()
 def early_exit(model, tokens, path=None):
     """The logit lens (arXiv 2505.13898; the paper uses a tuned lens): the output head on the stream before each visit,
@@ -131,7 +120,8 @@ def early_exit(model, tokens, path=None):
 
 
 def reordered(path, size):
-    """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside."""
+    """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside. Grown models
+    are said to bear blocks out of place well (arXiv 2512.08819). -> {kind: paths}"""
     paths = {"skip": [], "swap": [], "reverse": []}
     for i in range(0, len(path), size):
         before, unit, after = path[:i], path[i:i + size], path[i + size:]
@@ -143,15 +133,6 @@ def reordered(path, size):
         if unit[::-1] != unit:                          # else it is the same path
             paths["reverse"].append(before + unit[::-1] + after)
     return {name: found for name, found in paths.items() if found}
-
-
-def reorder_effects(model, rows, size, path=None):
-    """Change of the loss (nats) on rows (n, T + 1) along each path of reordered(): dict of (places,). Grown models are
-    said to bear blocks out of place well (arXiv 2512.08819)."""
-    path = model.config.resolve_path(path)
-    plain = estimate_loss(model, rows, path)
-    return {name: torch.tensor([estimate_loss(model, rows, p) - plain for p in paths])
-            for name, paths in reordered(path, size).items()}
 
 
 def weight_similarity(model, path=None):
@@ -208,20 +189,21 @@ BY_VISIT = {    # in table and figure: what the y axis says
 
 
 def all_signatures(model, rows, block, path=None):
-    """Every signature on rows (n, T + 1) of held-out text -> dict of curves and matrices, by visit. Raises ValueError
-    for fewer than three visits."""
-    if len(model.config.resolve_path(path)) < 3:
+    """Every signature on rows (n, T + 1) of held-out text -> {name: curve by visit, or changes by place}"""
+    path, tokens = model.config.resolve_path(path), rows[:, :-1].long().to(model.embed.weight.device)
+    if len(path) < 3:
         raise ValueError("signatures compare visits: give a path of three or more")
-    tokens = rows[:, :-1].long().to(model.embed.weight.device)
     result = contributions(model, tokens, path)
     for name, kind in {"skip": {}, "future": {"future": tokens.shape[1] // 2}, "local": {"local": True}}.items():
-        effects, on_output = skip_effects(model, tokens, path, **kind)
-        result |= {f"{name}_effects": effects, f"{name}_output": on_output, f"{name}_later": later_mean(effects)}
+        effects, result[f"{name}_output"] = skip_effects(model, tokens, path, **kind)
+        # the mean over the visits after it; the last one has none
+        result[f"{name}_later"] = effects.sum(1)[:-1] / torch.arange(len(path) - 1, 0, -1)
     result["exit_kl"], result["exit_top5"] = early_exit(model, tokens, path)
-    result["weights"] = weight_similarity(model, path)
-    for size in {1, block}:    # layers and blocks; once, where a block is a layer
-        for name, change in reorder_effects(model, rows, size, path).items():
-            result[f"{name}_{'layer' if size == 1 else 'block'}"] = change
+    result["weights"], plain = weight_similarity(model, path), estimate_loss(model, rows, path)
+    for size in {1, block}:     # layers and blocks; once, where a block is a layer
+        for kind, paths in reordered(path, size).items():
+            changes = [estimate_loss(model, rows, other) - plain for other in paths]        # nats
+            result[f"{kind}_{'layer' if size == 1 else 'block'}"] = torch.tensor(changes)
     return result
 
 

@@ -133,8 +133,6 @@ def test_scores_by_hand():
     assert S.depth_score(torch.tensor([0.0, 0.0, 2.0])) == 1
     assert S.depth_score(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx((0 * 2 + 1 + 2) / 4 / 2)
     assert S.late_over_middle(torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 6.0])) == 2.5
-    effects = torch.tensor([[0.0, 2.0, 4.0], [0.0, 0.0, 5.0], [0.0, 0.0, 0.0]])
-    assert S.later_mean(effects).tolist() == [3.0, 5.0]
 
 
 @paths
