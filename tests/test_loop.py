@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import optional, refused, some_tokens, tiny_model, works, written
 
-from loop import loop_of, loop_path, parse_loop, parse_path, scan
+from loop import loop_path, parse_loop, parse_path, scan
 from model import score_targets
 
 
@@ -25,8 +25,6 @@ def test_paths_as_they_are_written():
     assert parse_loop("2-2x3-2") == (6, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5])
     assert parse_loop("4x6") == (4, [0, 1, 2, 3] * 6) and parse_loop("1-1x1-1") == (3, [0, 1, 2])
     assert len(parse_loop("4-4x4-4")[1]) == 24
-    assert loop_of(parse_loop("2-2x3-2")[1]) == (2, 2) and loop_of(parse_loop("4x6")[1]) == (0, 4)
-    assert loop_of([0, 1, 3, 2, 3]) is None and loop_of([0, 1, 2]) is None and loop_of([0, 1, 1, 2]) == (1, 1)
     assert parse_path("0-3,2-5, 6") == [0, 1, 2, 3, 2, 3, 4, 5, 6] and parse_path("3,1,1") == [3, 1, 1]
     for text in ("", "x", "2x", "0x3", "2x0", "2-2x3-", "-2x3", "2-2-2", "2-2x3-2-1", "2.5x2", "2x-1"):
         with pytest.raises(ValueError):
@@ -45,22 +43,21 @@ def test_the_scan_equals_running_each_path_from_the_start(visits, eot):
     targets[4, 17:19] = -1
     targets[:3, 17:] = model(tokens, targets)[0][:3, 17:].argmax(-1)        # so that some are right
     cells = [(start, end) for start in range(6) for end in range(start, 6)]
+    paths = [loop_path(6, start, end - start + 1, visits - 1) for start, end in cells] + [[0, 1, 5], [3, 1]]
     calls = []
     handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.layers]
-    measured = list(scan(model, tokens, targets, cells, visits, batch=4))
-    assert len(calls) == 2 * (6 + sum((end - start + 1) * (visits - 1) + 5 - end for start, end in cells))
+    measured = list(scan(model, tokens, targets, paths, batch=4))
+    assert len(calls) == 2 * (6 + sum((end - start + 1) * (visits - 1) + 5 - end for start, end in cells) + 1 + 2)
     for handle in handles:
         handle.remove()
-    assert [cell for cell, _, _ in measured] == [None, *cells]
-    for cell, loss, right in measured:
-        path = None if cell is None else loop_path(6, cell[0], cell[1] - cell[0] + 1, visits - 1)
+    for path, (loss, right) in zip([None, *paths], measured, strict=True):
         with torch.no_grad():
             whole_loss, whole_right = score_targets(model, model.hidden(tokens, path), targets)
             row = model(tokens[4:5], targets[4:5], path)[1]
         assert torch.equal(right, whole_right)
         torch.testing.assert_close(loss, whole_loss, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(loss[4], row, atol=1e-5, rtol=1e-5)
-    assert measured[0][2].tolist() == [True] * 3 + [False] * 4
+    assert measured[0][1].tolist() == [True] * 3 + [False] * 4
 
 
 def test_a_prompt_along_several_paths(trained):
@@ -68,7 +65,7 @@ def test_a_prompt_along_several_paths(trained):
     printed = works(*command, "--loop", "2-2x2-2", "--path", "0-3,5", "0-3,2-5").stdout
     for line in ("2-2x2-2   depth 8   path 0 1 2 3 2 3 4 5", "0-3,5   depth 5   path 0 1 2 3 5"):
         assert line in printed
-    by_path = {name: rest for name, rest in re.findall(r"^(\S+)   depth .*\n((?:.*\n){2})", printed, re.M)}
+    by_path = {name: rest for name, rest in re.findall(r"^(\S+)   depth .*\n((?:.*\n){3})", printed, re.M)}
     assert by_path["2-2x2-2"] == by_path["0-3,2-5"] != by_path["0-3,5"]         # losses and text
     assert re.findall(r"depth (\d+)", works(*command).stdout) == ["6", "7", "8", "10"]
     for options, message in ((["--loop", "2-2x2-3"], "7 layers"), (["--path", "0-6"], "layers 0 to 5"),
@@ -82,7 +79,7 @@ def test_the_scan_by_command(trained, tmp_path):
     questions = written(tmp_path / "q.jsonl", '{"question": "1+1?", "answer": 2}\n' * 9)
     command = ["loop.py", trained / "ckpt.pt", "--scan", "-n", 8, "--device", "cpu"]
     whole = works(*command, "--data", text, "--results", rows).stdout
-    assert "plain model: loss" in whole and whole.count("±") == 20 and len(rows.read_text().splitlines()) == 2 * 21 + 2
+    assert "gain of 2 visits: a.txt" in whole and whole.count("±") == 21 and len(rows.read_text().splitlines()) == 2 * 21 + 2
     before = rows.read_text()
     rows.write_text("".join(before.splitlines(True)[:6]))
     assert works(*command, "--data", text, "--results", rows).stdout == whole and rows.read_text() == before
