@@ -119,7 +119,7 @@ def show_scan(model, checkpoint, args):
             gains.setdefault(old["loop"], []).append(old)
     blocks = {f"{first}-{last - first + 1}x{args.visits}-{n_layer - 1 - last}": (first, last)
               for first in range(n_layer) for last in range(first, n_layer)}
-    rest = [loop for loop in blocks if len(gains.get(loop, [])) < 2]
+    rest = [loop for loop in blocks if len(gains.get(loop, [])) < 2]        # not both halves
     # 3. their gain over the plain model
     scores = scan(model, tokens, targets, [parse_loop(loop)[1] for loop in rest])
     plain_loss, plain_right = next(scores)      # (n,) each
@@ -133,8 +133,7 @@ def show_scan(model, checkpoint, args):
     # 4. the best by the first half; for a table over the seeds, the plain model and what its best block gains
     best = sorted(blocks, key=lambda loop: -gains[loop][0]["value"])[:10]
     row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
-    plain = plain_loss if args.data else plain_right.float()        # (n,)
-    summary = [{**row, "model": label, "value": plain.mean().item()},
+    summary = [{**row, "model": label, "value": (plain_loss if args.data else plain_right.float()).mean().item()},
                {**gains[best[0]][1], **row, "model": f"{label} gain"}]
     evaluate.print_tables([half for loop in best for half in gains[loop]] + summary)
     if args.results:

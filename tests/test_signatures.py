@@ -108,15 +108,15 @@ def test_local_effects(path):
 
 
 def test_a_visit_that_adds_nothing_gives_no_nan():
-    model, tokens = tiny_model(), some_tokens()
+    model = tiny_model()
     for sublayer in (model.layers[3].attn, model.layers[3].mlp):
         sublayer.proj.weight.data.zero_()
-    for curve in S.all_signatures(model, some_tokens(time=21), 2).values():
-        assert curve.isfinite().all()
-    effects, on_output = S.skip_effects(model, tokens)
+    curves = S.all_signatures(model, some_tokens(time=21), 2)
+    assert all(curve.isfinite().all() for curve in curves.values())
+    effects, on_output = S.skip_effects(model, some_tokens(time=21)[:, :-1])
     assert on_output[3] == 0 and not effects[3].any()
-    numbers = S.numbers(S.all_signatures(model, some_tokens(time=21), 2), 2)
-    assert all(math.isfinite(value) for columns in numbers.values() for value in columns.values())
+    assert effects[0, 1:].mean() == curves["skip_later"][0] and len(curves["skip_later"]) == 5
+    assert all(math.isfinite(value) for _, _, value in S.numbers(curves, 2))
 
 
 @pytest.mark.parametrize("options", [dict(future=1), dict(future=20)])
@@ -129,10 +129,13 @@ def test_skip_effects_refuse(options):
 
 
 def test_scores_by_hand():
-    assert S.depth_score(torch.tensor([1.0, 1.0, 1.0])) == 0.5
-    assert S.depth_score(torch.tensor([0.0, 0.0, 2.0])) == 1
-    assert S.depth_score(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx((0 * 2 + 1 + 2) / 4 / 2)
-    assert S.late_over_middle(torch.tensor([9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 6.0])) == 2.5
+    def numbers(*curve):
+        names = ("skip_output", "skip_later", "local_later", "update", "attention", "mlp", "future_output", "future_later")
+        found = S.numbers({**dict.fromkeys(names, torch.tensor(curve)), "weights": torch.eye(len(curve))}, 9)
+        return {table[:8]: value for table, _, value in found}
+    assert numbers(1.0, 1.0, 1.0)["1a: dept"] == 0.5 and numbers(0.0, 0.0, 2.0)["1a: dept"] == 1
+    assert numbers(2.0, 1.0, 1.0)["1a: dept"] == pytest.approx((0 * 2 + 1 + 2) / 4 / 2)
+    assert numbers(9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 6.0)["1a: late"] == 2.5
 
 
 @paths
