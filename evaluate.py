@@ -295,16 +295,17 @@ def read_items(file, field="text"):
 
 
 def read_pairs(file, field=None):
-    """Of each document prompt, answer: its "question" and "answer", or "" and its `field` ("text" by default)."""
+    """Of each document prompt, answer: "" and its `field` ("text" by default), or its "question" and "answer"."""
     for item in read_items(file, field or "text"):
-        # a number counts as text
+        # a number counts as text, a blank one does not
         texts = {name: str(value) for name, value in item.items() if isinstance(value, (str, int, float))}
-        if field not in texts and texts.keys() >= {"question", "answer"}:
-            yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
-        elif (field or "text") in texts:
+        texts = {name: text for name, text in texts.items() if text.strip()}
+        if (field or "text") in texts:
             yield "", texts[field or "text"]
+        elif texts.keys() >= {"question", "answer"}:
+            yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
         else:
-            raise ValueError(f"{file}: a line has only {', '.join(item)}: --field names the one that is text")
+            raise ValueError(f"{file}: no text in {', '.join(item)}: --field names what is read")
 
 
 def check_text_file(file):
@@ -532,7 +533,7 @@ def measure(args, model, checkpoint):
 
 def label_of(name, checkpoint):
     """A model's line in tables, and its seed: out/lidas-s0/ckpt.pt -> lidas, 0, out/lidas-s0/stable.pt ->
-    lidas/stable.pt, 0. The seeds of a method share a line; a run elsewhere has its path, so that no two share one."""
+    lidas/stable.pt, 0. The seeds of a method share a line."""
     seed = checkpoint["args"].get("seed", 0)        # a model of Hugging Face has no args
     folder, file = os.path.split(name.removeprefix(os.path.join("out", "")))
     folder = re.sub(rf"-s?{seed}$", "", folder)     # lidas-s0 or lidas-0
@@ -541,7 +542,7 @@ def label_of(name, checkpoint):
 
 def rows_of_models(args, measure):
     """What a command measures of its models, one after another -> rows, each appended to --results as it comes."""
-    device, rows = pick_device(args.device), []
+    device, rows, seen = pick_device(args.device), [], {}
     for name in args.models:    # a mistyped one is noticed before the first is measured
         if name.endswith(".pt") and not os.path.exists(name):
             raise ValueError(f"there is no file {name}")
@@ -549,6 +550,8 @@ def rows_of_models(args, measure):
     for name in dict.fromkeys(os.path.relpath(name) if os.path.exists(name) else name for name in args.models):
         model, checkpoint = load_checkpoint(name, device)
         label, seed = label_of(name, checkpoint)
+        if (other := seen.setdefault((label, seed), name)) != name:     # they would be one line
+            raise ValueError(f"{other} and {name} have one name and one seed: rename a folder")
         if args.data:           # in place of the model's own held-out text
             text = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
@@ -609,8 +612,9 @@ def cell(rows, seeds):
     spread = statistics.stdev(row["value"] for row in rows) if n > 1 else rows[0].get("se")
     if paired:      # there are at least two
         spread *= STUDENT[min(n - 2, 8)] / n ** 0.5
-    text = f"{mean:+.3f}" if paired else f"{mean:.3f}"
-    return text + ("" if spread is None else f"±{spread:.3f}") + (f" ({n})" if n < seeds else "")
+    digits = 4 if "se" in rows[0] and "chance" not in rows[0] else 3        # a block's gain in loss is small
+    text = f"{mean:+.{digits}f}" if paired else f"{mean:.{digits}f}"
+    return text + ("" if spread is None else f"±{spread:.{digits}f}") + (f" ({n})" if n < seeds else "")
 
 
 def print_tables(rows):
@@ -622,10 +626,11 @@ def print_tables(rows):
             seeds = max(map(len, found))        # a cell may have fewer
             lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
         for key in ("chance", "shots", "n"):    # what the scores of a column share
-            shared = {column: f"{round(row[key], 2):g}" for (_, column), by_seed in cells.items()
-                      for row in by_seed.values() if key in row}
-            if shared:
-                lines.append([key, "", *(shared.get(column, "") for column in columns)])
+            shared = {column: sorted({row[key] for place in cells for row in cells[place].values()
+                                      if place[1] == column and key in row}) for column in columns}
+            if any(shared.values()):        # 5, or 2-5
+                lines.append([key, "", *("-".join(f"{round(x, 2):g}" for x in [*some[:1], *some[1:][-1:]])
+                                         for some in shared.values())])
         lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
         # as wide as the longest text of each column, the first one to the left
         first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
@@ -648,8 +653,9 @@ def plot_lines(file, rows, xlabel, ylabels):
     figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
     for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
         for i, (line, names) in enumerate(lines.items()):
-            # of each step or visit a row per seed
-            found = [list(cells[name, column].values()) for name in names if (name, column) in cells]
+            # of each step or visit a row per seed; where a seed lacks one, it is left out
+            found = [list(cells.get((name, column), {}).values()) for name in names]
+            found = [some for some in found if len(some) == max(map(len, found))]
             at = [statistics.mean(row["x"] for row in some) for some in found]
             values = [[row["value"] for row in some] for some in found]
             # the model grows where the next line of the log is of a deeper one
@@ -708,6 +714,8 @@ def main():
     rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if args.compare:
+        if missing := set(args.compare) - {row["model"] for row in rows}:
+            raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
         rows = [row for row in rows if row["model"] in args.compare]
         rows += differences(rows, args.compare)
         if not any("paired" in row for row in rows):

@@ -106,40 +106,41 @@ def show_scan(model, checkpoint, args):
     if model.config.path or args.visits < 2 or len(tokens) < 4:
         raise ValueError("a scan needs a model without a loop of its own (see grow.py), 2 --visits and 4 examples")
     # 1. a scan is known by what is in the model and the examples, since files move
-    checksum = 0
+    checksum = args.visits
     for tensor in (*model.state_dict().values(), tokens, targets):
         checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
     label, seed = evaluate.label_of(args.model, checkpoint)
     what, n_layer = os.path.basename(args.data or args.questions or args.task), model.config.n_layer
-    row = {"table": f"gain of {args.visits} visits: {what}", "seed": seed, "n": len(tokens) // 2, "scan": checksum}
+    row = {"table": f"gain of {args.visits} visits: {what}", "seed": seed, "n": len(tokens) // 2}
     # 2. what --results has of it, and the blocks that are left
-    gains = {}      # {loop as it is written: its two rows, "chosen" and "reported"}
+    gains = {}      # {loop as it is written: {"chosen": row, "reported": row}}
     for old in evaluate.read_rows(args.results) if args.results and os.path.exists(args.results) else []:
-        if row.items() <= old.items():      # they share the above
-            gains.setdefault(old["loop"], []).append(old)
+        if old.get("scan") == checksum:
+            gains.setdefault(old["loop"], {})[old["column"]] = {**old, **row, "model": f"{label} {old['loop']}"}
     blocks = {f"{first}-{last - first + 1}x{args.visits}-{n_layer - 1 - last}": (first, last)
               for first in range(n_layer) for last in range(first, n_layer)}
-    rest = [loop for loop in blocks if len(gains.get(loop, [])) < 2]        # not both halves
+    rest = [loop for loop in blocks if len(gains.get(loop, {})) < 2]        # not both halves
     # 3. their gain over the plain model
     scores = scan(model, tokens, targets, [parse_loop(loop)[1] for loop in rest])
     plain_loss, plain_right = next(scores)      # (n,) each
     for loop, (loss, right) in zip(tqdm(rest, unit="block", disable=None), scores):
         gain = plain_loss - loss if args.data else right.float() - plain_right.float()      # paired over the examples
-        gains[loop] = [{**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
-                        "se": (half.std() / len(half) ** 0.5).item(), "loop": loop}
-                       for column, half in (("chosen", gain[::2]), ("reported", gain[1::2]))]
+        gains[loop] = {column: {**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
+                                "se": (half.std() / len(half) ** 0.5).item(), "loop": loop, "scan": checksum}
+                       for column, half in (("chosen", gain[::2]), ("reported", gain[1::2]))}
         if args.results:        # at once: the scan may be stopped
-            evaluate.append_rows(args.results, gains[loop])
+            evaluate.append_rows(args.results, gains[loop].values())
     # 4. the best by the first half; for a table over the seeds, the plain model and what its best block gains
-    best = sorted(blocks, key=lambda loop: -gains[loop][0]["value"])[:10]
+    best = sorted(blocks, key=lambda loop: -gains[loop]["chosen"]["value"])[:10]
+    score = plain_loss if args.data else plain_right.float()        # (n,)
     row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
-    summary = [{**row, "model": label, "value": (plain_loss if args.data else plain_right.float()).mean().item()},
-               {**gains[best[0]][1], **row, "model": f"{label} gain"}]
-    evaluate.print_tables([half for loop in best for half in gains[loop]] + summary)
+    gain = {name: gains[best[0]]["reported"][name] for name in ("value", "se", "loop")}
+    summary = [{**row, "model": label, "value": score.mean().item()}, {**row, "model": f"{label} gain", **gain}]
+    evaluate.print_tables([half for loop in best for half in gains[loop].values()] + summary)
     if args.results:
         evaluate.append_rows(args.results, summary)
     if args.plot:
-        plot_scan(args.plot, n_layer, {blocks[loop]: halves for loop, halves in gains.items()})
+        plot_scan(args.plot, n_layer, {blocks[loop]: list(halves.values()) for loop, halves in gains.items()})
 
 
 def plot_scan(file, n_layer, gains):
@@ -182,12 +183,18 @@ def main():
         return show_scan(model, checkpoint, args)
     # the prompt along each path
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
-    if not (args.loop or args.path):    # numbers of visits of its own loop, or of the middle quarter of the layers
-        looped = [index for index in range(n_layer) if model.config.resolve_path().count(index) > 1]
-        block = len(looped) or max(1, n_layer // 4)             # layers
-        start = looped[0] if looped else (n_layer - block) // 2
-        args.loop = [f"{start}-{block}x{visits}-{n_layer - start - block}" for visits in (1, 2, 3, 5)]
-    for name, path in paths_of(args, model.config).items():
+    paths, own = paths_of(args, model.config), model.config.resolve_path()
+    if not paths:       # its own path, and numbers of visits of its loop, or of the middle quarter of the layers
+        block = max(1, n_layer // 4)
+        start, looped = (n_layer - block) // 2, [index for index in range(n_layer) if own.count(index) > 1]
+        if looped and own == loop_path(n_layer, looped[0], len(looped), own.count(looped[0]) - 1):
+            start, block = looped[0], len(looped)
+        paths = {"its own path": own}
+        for visits in (1, 2, 3, 5):
+            loop = f"{start}-{block}x{visits}-{n_layer - start - block}"
+            if parse_loop(loop)[1] != own:
+                paths[loop] = parse_loop(loop)[1]
+    for name, path in paths.items():
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}")
         for stream, rows in checkpoint["heldout"].items():      # a Hugging Face model has none
             print(f"held-out loss, {stream}: {estimate_loss(model, rows, path):.4f}")

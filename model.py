@@ -49,7 +49,8 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} heads of an even width each do not fit n_embd {self.n_embd} or n_kv_head")
+            raise ValueError(f"{self.n_head} heads of an even width do not fit n_embd {self.n_embd} or "
+                             f"n_kv_head {self.n_kv_head}")
         self.head_dim = self.n_embd // self.n_head
         self.path = None if self.path is None else self.resolve_path()      # refuses layers that do not exist
 
@@ -299,7 +300,8 @@ def score_targets(model, hidden, targets):
     scored = targets >= 0                                                       # (B, T)
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
-    loss, wrong = torch.zeros(2, *targets.shape, device=targets.device)         # (B, T) each
+    loss = torch.zeros(targets.shape, device=targets.device)                    # (B, T)
+    wrong = loss.clone()
     loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")   # 0 elsewhere
     wrong[scored] = (logits.argmax(-1) != targets[scored]).float()
     return loss.sum(1) / scored.sum(1), wrong.sum(1) == 0
@@ -448,10 +450,13 @@ def check_outputs(new=None, rows=None, plot=None):
 
 def pick_device(text="auto"):
     """auto, cuda, cuda:1, mps or cpu -> the device's name; auto takes the best one here."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if text.split(":")[0] not in ("auto", "cpu", best):
-        raise ValueError(f"there is no device {text!r} here: {best}, or cpu")
-    return best if text == "auto" else text
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways to say that there is none
+        raise ValueError(f"there is no device {text!r} here: cuda, mps or cpu")
+    return text
 
 
 def between(low, high, kind=float):
@@ -483,9 +488,13 @@ def read_options(parser, excludes={}, requires={}):
 
 def run_script(main):
     """Runs a command. Bad input or a missing package ends in one line and exit code 2, all else in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")        # a model can write what the terminal cannot show
     try:
         main()
     except (ValueError, OSError, re.error, ModuleNotFoundError) as error:
         hint = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)           # as shells do

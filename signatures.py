@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from evaluate import append_rows, plot_lines, print_tables, rows_of_models
 from loop import add_path_options, paths_of
-from model import check_outputs, estimate_loss, positive_int, run_script
+from model import between, check_outputs, estimate_loss, positive_int, run_script
 
 # --- running visit by visit -----------------------------------------------------------------------
 # A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head, and layers with norm1,
@@ -255,7 +255,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="checkpoints (.pt), or Hugging Face names or directories")
     add_path_options(parser)
-    parser.add_argument("--rows", type=positive_int, default=32, help="held-out rows up to 64 (default: 32)")
+    parser.add_argument("--rows", type=between(1, 64, int), default=32, help="held-out rows up to 64 (default: 32)")
     parser.add_argument("--data", metavar="FILE", help="text in place of the run's held-out general text")
     parser.add_argument("--block", type=positive_int, help="size of blocks (default: the loop's or the run's, else 2)")
     parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl, for evaluate.py --table")

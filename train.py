@@ -62,7 +62,7 @@ def open_stream(name, files, args, tokenizer):
     if not len(training) or not len(heldout):
         raise ValueError(f"{len(tokens)} {name} tokens are too few: give more text, or a smaller --context")
     training = np.random.default_rng(args.seed).permutation(training)
-    row = functools.partial(np.take, training, axis=0, mode="wrap")         # wrap: begins again after the last one
+    row = functools.partial(np.take, training, axis=0, mode="wrap")         # after the last one the same order again
     return row, torch.from_numpy(heldout.astype(np.int32)), tokens
 
 
@@ -203,7 +203,7 @@ def make_parser():
     add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA and --init: 512)")
     # the schedule; --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
-    add("--batch", type=positive_int, default=6, help="rows per step, over all GPUs (default: 6; CUDA: 64; --init: 8)")
+    add("--batch", type=positive_int, default=6, help="rows a step, all GPUs (default: 6; CUDA: 64; --init of no run: 8)")
     add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
     add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
@@ -250,6 +250,7 @@ def read_args():
     args.device = pick_device(args.device)      # auto: the best one here
     path = path_of(args, model.config if model else None)
     # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
+    # (values is args itself)
     values, typed = vars(args), {name: getattr(args, name) for name in given | {"out", "resume", "device"}}
     if args.device.startswith("cuda"):
         values.update(CUDA)
@@ -275,6 +276,8 @@ def read_args():
 
 
 def refuse_a_run(folder):
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder")
     if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
         raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
 
@@ -282,6 +285,10 @@ def refuse_a_run(folder):
 def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
     refuse_a_run(args.out)
+    if args.constant < 1 and not model:
+        raise ValueError("--steps less the cooldown must leave a step")
+    if model and args.context > model.config.context:
+        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
@@ -353,11 +360,11 @@ class Run:
 def own_folder(folder):
     """Makes the folder -> its lock: SQLite's, which on every system ends with the process, also when it is killed."""
     os.makedirs(folder, exist_ok=True)
-    lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)       # stores nothing
     try:
+        lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)   # stores nothing
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        raise ValueError(f"another process trains in {folder} right now ({error})")
+    except sqlite3.Error as error:
+        raise ValueError(f"{folder} cannot be locked: another process trains there, if it is locked ({error})")
     return lock
 
 

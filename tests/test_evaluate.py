@@ -327,12 +327,13 @@ def test_the_command(trained, tmp_path):
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable
     # two models of one name and seed were once one line; one file is one, however it is written
-    shutil.copytree(trained, tmp_path / "lidas")
-    for other, lines in ((tmp_path / "lidas" / "ckpt.pt", 4), (os.path.join(trained, ".", "ckpt.pt"), 3)):
-        assert len(works("evaluate.py", model, other, "--tasks").stdout.strip().splitlines()) == lines
+    shutil.copytree(trained, f"{trained}-s0", dirs_exist_ok=True)
+    refused("one name and one seed", "evaluate.py", model, f"{trained}-s0/ckpt.pt", "--tasks")
+    shutil.rmtree(f"{trained}-s0")
+    assert works("evaluate.py", model, os.path.join(trained, ".", "ckpt.pt"), "--tasks").stdout.count("lidas") == 1
 
 
-def test_seeds_share_a_line_and_runs_of_one_name_do_not():
+def test_seeds_share_a_line_and_runs_of_other_folders_do_not():
     for name, label in (("out/lidas-s3/ckpt.pt", "lidas"), ("out/lidas-3/stable.pt", "lidas/stable.pt"), ("a-s4/ckpt.pt", "a-s4"),
                         ("x/a-s3/ckpt.pt", "x/a"), ("deeper.pt", "deeper.pt"), ("ckpt.pt", "ckpt.pt"), ("org/Llama", "org/Llama")):
         assert E.label_of(name, {"args": {"seed": 3}}) == (label, 3)

@@ -398,7 +398,8 @@ def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_g
 
 UINT32 = np.arange(9999, dtype=np.uint32) % 200
 BAD_FILES = {       # name: content, what is said
-    "none.txt": (None, "no file"), "empty.txt": (b"", "too few"), "few.txt": (b"few words", "--context"),
+    "none.txt": (None, "no file"), "empty.txt": (b"", "no text"), "blank.jsonl": (b'{"text": " "}\n', "no text"),
+    "answer.jsonl": (b'{"question": "a", "answer": ""}\n', "no text"), "few.txt": (b"few words", "--context"),
     # an unknown ending fell through to the most permissive reader: trained on as prose
     "array.json": (b'[{"text": "a"}]', "expected .txt"), "table.csv": (b"a,b\n" * 999, "expected .txt"),
     "page.html": (b"<p>" * 999, "expected .txt"), "README": (b"words " * 999, "expected .txt"),
