@@ -203,7 +203,7 @@ def make_parser():
     add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA and --init: 512)")
     # the schedule; --init of a model that is no run has other defaults
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
-    add("--batch", type=positive_int, default=6, help="rows a step, all GPUs (default: 6; CUDA: 64; --init of no run: 8)")
+    add("--batch", type=positive_int, default=6, help="rows of all GPUs (default: 6; CUDA: 64; --init of no run: 8)")
     add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
     add("--embed-share", type=between(0, 1000), default=0.3, help="of --lr: embedding, norms (default: 0.3; --data: 1)")
     add("--warmup", type=between(0, 10 ** 9, int), default=50, help="steps of a rising learning rate (default: 50)")
