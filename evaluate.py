@@ -626,11 +626,13 @@ def print_tables(rows):
             seeds = max(map(len, found))        # a cell may have fewer
             lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
         for key in ("chance", "shots", "n"):    # what the scores of a column share
-            shared = {column: sorted({row[key] for place in cells for row in cells[place].values()
-                                      if place[1] == column and key in row}) for column in columns}
-            if any(shared.values()):        # 5, or 2-5
-                lines.append([key, "", *("-".join(f"{round(x, 2):g}" for x in [*some[:1], *some[1:][-1:]])
-                                         for some in shared.values())])
+            texts = []
+            for column in columns:
+                found = {row[key] for name in names for row in cells.get((name, column), {}).values() if key in row}
+                ends = sorted({min(found), max(found)}) if found else []        # 5, or 2-5
+                texts.append("-".join(f"{round(x, 2):g}" for x in ends))
+            if any(texts):
+                lines.append([key, "", *texts])
         lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
         # as wide as the longest text of each column, the first one to the left
         first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
@@ -655,7 +657,8 @@ def plot_lines(file, rows, xlabel, ylabels):
         for i, (line, names) in enumerate(lines.items()):
             # of each step or visit a row per seed; where a seed lacks one, it is left out
             found = [list(cells.get((name, column), {}).values()) for name in names]
-            found = [some for some in found if len(some) == max(map(len, found))]
+            seeds = max(map(len, found))
+            found = [some for some in found if some and len(some) == seeds]
             at = [statistics.mean(row["x"] for row in some) for some in found]
             values = [[row["value"] for row in some] for some in found]
             # the model grows where the next line of the log is of a deeper one

@@ -39,6 +39,11 @@ def parse_loop(text):
     return n_layer, loop_path(n_layer, before, block, visits - 1)       # K counts all visits
 
 
+def write_loop(n_layer, start, block, visits):
+    """What parse_loop reads: (8, 3, 2, 2) -> "3-2x2-3" """
+    return f"{start}-{block}x{visits}-{n_layer - start - block}"
+
+
 def parse_path(text):
     """Layers and inclusive ranges: "0-3,2-5,6" -> [0, 1, 2, 3, 2, 3, 4, 5, 6]"""
     path = []
@@ -117,7 +122,7 @@ def show_scan(model, checkpoint, args):
     for old in evaluate.read_rows(args.results) if args.results and os.path.exists(args.results) else []:
         if old.get("scan") == checksum:
             gains.setdefault(old["loop"], {})[old["column"]] = {**old, **row, "model": f"{label} {old['loop']}"}
-    blocks = {f"{first}-{last - first + 1}x{args.visits}-{n_layer - 1 - last}": (first, last)
+    blocks = {write_loop(n_layer, first, last - first + 1, args.visits): (first, last)
               for first in range(n_layer) for last in range(first, n_layer)}
     rest = [loop for loop in blocks if len(gains.get(loop, {})) < 2]        # not both halves
     # 3. their gain over the plain model
@@ -190,10 +195,10 @@ def main():
         if looped and own == loop_path(n_layer, looped[0], len(looped), own.count(looped[0]) - 1):
             start, block = looped[0], len(looped)
         paths = {"its own path": own}
-        for visits in (1, 2, 3, 5):
-            loop = f"{start}-{block}x{visits}-{n_layer - start - block}"
-            if parse_loop(loop)[1] != own:
-                paths[loop] = parse_loop(loop)[1]
+        for loop in [write_loop(n_layer, start, block, visits) for visits in (1, 2, 3, 5)]:
+            _, path = parse_loop(loop)
+            if path != own:
+                paths[loop] = path
     for name, path in paths.items():
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}")
         for stream, rows in checkpoint["heldout"].items():      # a Hugging Face model has none

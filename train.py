@@ -223,7 +223,7 @@ def make_parser():
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    parser.set_defaults(start=0)        # no option: the first step of this run, behind those of the run of --init
+    parser.set_defaults(start=0)        # no option: the first step of this run, after those of the run of --init
     return parser
 
 
