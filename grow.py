@@ -126,10 +126,8 @@ def main():
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
     model, checkpoint = load_checkpoint(args.model)
     # the path: given, or a looped model's own, or that of a growth operator
-    path = path_of(args, model.config)
-    if not given & {"method", "block"}:
-        path = path or model.config.path        # None, if it has none
-    if path is None:
+    path = path_of(args, model.config) or model.config.path     # None, if it has none
+    if path is None or given & {"method", "block"}:
         block = args.block or checkpoint["args"].get("block", 2)
         path = METHODS[args.method or "lidas"](model.config.n_layer, block)
     # at this moment growing does what looping does, so that the loss after it is known before it
