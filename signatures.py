@@ -120,15 +120,10 @@ def early_exit(model, tokens, path=None):
 def reordered(path, size):
     """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside. Grown models
     are said to bear blocks out of place well (arXiv 2512.08819)."""
-    paths = {"skip": [], "swap": [], "reverse": []}
-    for i in range(0, len(path), size):
-        before, unit, after = path[:i], path[i:i + size], path[i + size:]
-        if before or after:                 # else no path would be left
-            paths["skip"].append(before + after)
-        if after:
-            paths["swap"].append(before + after[:size] + unit + after[size:])
-        if unit[::-1] != unit:              # else it is the same path
-            paths["reverse"].append(before + unit[::-1] + after)
+    parts = [(path[:i], path[i:i + size], path[i + size:]) for i in range(0, len(path), size)]
+    paths = {"skip": [before + after for before, _, after in parts if before or after],         # else nothing is left
+             "swap": [before + after[:size] + unit + after[size:] for before, unit, after in parts if after],
+             "reverse": [before + unit[::-1] + after for before, unit, after in parts if unit[::-1] != unit]}
     return {name: found for name, found in paths.items() if found}
 
 
