@@ -332,19 +332,15 @@ class Run:
             row[task] = evaluate.accuracy(model, self.tokenizer, task, QUESTIONS)["value"]
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             raise ValueError(f"the loss is not finite at step {step}: start anew with a lower --lr")
-        # as text
-        parts = [f"step {step:>6}/{args.steps}"]
-        if path:
-            parts.append(f"grows along {' '.join(map(str, path))}")
-        elif loss:
-            parts.append(f"loss {loss:.4f}")
-        parts.append("held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout))
+        # as text; what does not apply is left out
         hops = [f"{100 * row[task]:.0f}" for task in evaluate.HOPS if task in row]      # in percent
-        if hops:
-            parts.append(f"hops 0-{len(hops) - 1}: {' '.join(hops)} %")
-        if steps:
-            parts.append(f"{steps * args.batch * args.context / seconds / 1e3:.1f}k tok/s")
-        tqdm.write("  ".join([*parts, f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]))
+        parts = [f"step {step:>6}/{args.steps}",
+                 f"grows along {' '.join(map(str, path))}" if path else f"loss {loss:.4f}" if loss else "",
+                 "held-out " + "  ".join(f"{name} {row[f'loss {name}']:.4f}" for name in self.heldout),
+                 f"hops 0-{len(hops) - 1}: {' '.join(hops)} %" if hops else "",
+                 f"{steps * args.batch * args.context / seconds / 1e3:.1f}k tok/s" if steps else "",
+                 f"depth {depth}", f"FLOPs {row['flops_share']:.0%}"]
+        tqdm.write("  ".join(filter(None, parts)))
         if steps or path or not self.log:       # --init: the line of the run that goes on stays
             self.log.append({**row, "growth": path} if path else row)
         self.time = time.perf_counter()         # evaluation is not training
