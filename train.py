@@ -81,13 +81,12 @@ def make_batch(streams, args, rank, world_size, step):
     that one process alone would read. -> (batch / world_size, context + 1) int64"""
     share, rows = args.batch // world_size, []
     # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
-    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < args.math_share
+    math_share = args.math_share if step >= args.constant and "math" in streams else 0
+    is_math = np.random.default_rng((args.seed, step)).random(args.batch) < math_share
     for i in range(rank * share, (rank + 1) * share):
-        if step >= args.constant and is_math[i] and "math" in streams:
-            # counted from the cooldown's first row on, so that none is left out
-            rows.append(streams["math"]((step - args.constant) * args.batch + i))
-        else:
-            rows.append(streams["general"](step * args.batch + i))
+        # math is counted from the cooldown's first row on, so that none is left out
+        stream, begin = ("math", args.constant) if is_math[i] else ("general", 0)
+        rows.append(streams[stream]((step - begin) * args.batch + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # --- the schedule, and what it costs: functions of the step alone ---------------------------------
