@@ -284,8 +284,6 @@ def refuse_a_run(folder):
 def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
     refuse_a_run(args.out)
-    if args.constant < 1 and not model:
-        raise ValueError("--steps less the cooldown must leave a step")
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.start >= args.steps:
