@@ -254,13 +254,13 @@ def read_args():
     if args.device.startswith("cuda"):
         values.update(CUDA)
     if args.data:
-        values.update(embed_share=1.0)          # a large vocabulary is learned faster so
+        values.update(encoding="gpt2", embed_share=1.0)         # a large vocabulary is learned faster so
     if path:
         values.update(method="looped", layers=len(path))        # depth counts visits
     if model:
         model.config.path = path or model.config.path
         values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
-                      context=min(512, model.config.context))
+                      context=min(512, model.config.context), encoding=None)
     values.update(run)                          # all of them, where the run is not empty
     if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
@@ -377,9 +377,7 @@ def main():
     rank, world_size = start_processes(args)
     torch.set_float32_matmul_precision("high")      # TF32, on a GPU
     # 1. the model, and its optimizers
-    spec = args.encoding or ("gpt2" if args.data else evaluate.TOKENIZER)
-    if checkpoint:
-        spec = checkpoint["tokenizer"] or args.encoding
+    spec = checkpoint.get("tokenizer") or args.encoding or (None if model else evaluate.TOKENIZER)
     tokenizer = get_tokenizer(spec)
     torch.manual_seed(args.seed)
     model = (model or GPT(model_config(args, tokenizer))).to(args.device)       # --resume and --init have brought one
