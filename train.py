@@ -98,13 +98,12 @@ def learning_rate(args, step):
     return args.lr * min(up, down)
 
 
-def training_flops(config, rows, context, depth):
+def training_flops(model, rows, context, depth):
     """Floating point operations to train on rows of `context` tokens; a backward pass counts as two forward passes, a
     layer once per visit. Forward: 2 per token and weight of a matrix product (not of the embedding's look-up)."""
-    qkv = config.n_embd * (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    layer = qkv + config.n_embd ** 2 + 3 * config.n_embd * config.d_ff      # weights: q, k, v; proj; gate, up, down
-    attention = 4 * config.n_embd * context // 2        # q k^T and its product with v, of half a row on average
-    return 3 * rows * context * (depth * (2 * layer + attention) + 2 * config.n_embd * config.vocab_size)
+    weights = sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)      # of a layer's matrices
+    attention = 4 * model.config.n_embd * context // 2      # q k^T and its product with v, of half a row on average
+    return 3 * rows * context * (depth * (2 * weights + attention) + 2 * model.head.weight.numel())
 
 # --- the model and its optimizer ------------------------------------------------------------------
 
@@ -304,11 +303,11 @@ def check(args, given, path, model, checkpoint):
 class Run:
     """What a run prints, keeps and saves: on the first process only, where there are several."""
 
-    def __init__(self, args, config, tokenizer, heldout, kept, log, first):
+    def __init__(self, args, model, tokenizer, heldout, kept, log, first):
         # kept: what its checkpoints have besides; log: of the run that goes on
         self.args, self.tokenizer, self.heldout, self.kept, self.first = args, tokenizer, heldout, kept, first
         # the log gives shares of what a plain model of full depth costs that takes all these steps
-        self.plain_flops = training_flops(config, args.steps * args.batch, args.context, args.layers)
+        self.plain_flops = training_flops(model, args.steps * args.batch, args.context, args.layers)
         self.log = [{**row, "flops_share": row["flops"] / self.plain_flops} for row in log]
         self.time = time.perf_counter()     # of the last report
 
@@ -320,7 +319,7 @@ class Run:
         # as a row: what was trained since the last one, held-out losses, accuracy by hops in the built-in world
         args, depth, last = self.args, len(model.config.resolve_path()), self.log[-1] if self.log else {}
         steps, seconds = step - last.get("step", 0), time.perf_counter() - self.time        # at this depth
-        flops = last.get("flops", 0) + training_flops(model.config, steps * args.batch, args.context, depth)
+        flops = last.get("flops", 0) + training_flops(model, steps * args.batch, args.context, depth)
         row = {"step": step, "loss": loss, "depth": depth, "lr": learning_rate(args, step), "flops": flops,
                "flops_share": flops / self.plain_flops}
         for name, rows in self.heldout.items():
@@ -398,7 +397,7 @@ def main():
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     # 3. what the first process prints and keeps
     kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)
-    run = Run(args, model.config, tokenizer, heldout, kept, checkpoint.get("log", []), first=rank == 0)
+    run = Run(args, model, tokenizer, heldout, kept, checkpoint.get("log", []), first=rank == 0)
     if rank == 0:
         optimizer = "its optimizer" if "optimizers" in checkpoint else "a fresh optimizer"
         tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} on {args.device}, {optimizer}")

@@ -177,15 +177,15 @@ def test_layer_flops_of_growth_are_those_of_the_papers():
     assert abs(100_000 * 24 / grown - 1.286) < 0.001
 
 
-def test_flops_count_visits_and_agree_with_the_parameters():
+def test_flops_count_visits_and_agree_with_the_shapes():
     plain = tiny_model()
-    flops = [training_flops(plain.config, 1, 24, depth) / 24 for depth in range(9)]         # of a token
+    flops = [training_flops(plain, 1, 24, depth) / 24 for depth in range(9)]         # of a token
     per_visit = flops[1] - flops[0]
-    matrices = sum(p.numel() for p in plain.layers[0].parameters() if p.dim() == 2)
+    matrices = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 40           # q, k, v, proj; gate, up, down
     assert per_visit == 6 * matrices + 3 * 4 * 32 * 24 // 2 and flops[8] == flops[0] + 8 * per_visit
-    assert training_flops(plain.config, 7, 24, 6) == 7 * 24 * flops[6]
+    assert training_flops(plain, 7, 24, 6) == 7 * 24 * flops[6]
     # shorter rows than the model's context cost less in attention
-    assert training_flops(plain.config, 2, 12, 6) < training_flops(plain.config, 1, 24, 6)
+    assert training_flops(plain, 2, 12, 6) < training_flops(plain, 1, 24, 6)
 
 
 def test_growing_keeps_what_is_not_a_weight():

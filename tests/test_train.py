@@ -98,7 +98,7 @@ def test_a_run_grows_and_says_what_it_did(trained):
     assert [(r["step"], r["depth"]) for r in lines] == [(0, 2), (8, 2), (10, 4), (16, 4), (20, 6), (24, 6), (30, 6)]
     assert lines[-1]["loss general"] < lines[0]["loss general"] and lines[-1]["lr"] == 0
     model, checkpoint = load_checkpoint(str(trained / "ckpt.pt"))
-    spent = [train.training_flops(model.config, (b["step"] - a["step"]) * 2, 128, b["depth"]) for a, b in zip(lines, lines[1:])]
+    spent = [train.training_flops(model, (b["step"] - a["step"]) * 2, 128, b["depth"]) for a, b in zip(lines, lines[1:])]
     assert np.diff([r["flops"] for r in lines]).tolist() == spent and 0.7 < lines[-1]["flops_share"] < 0.95
     assert checkpoint["step"] == 30 and run_of(trained, "stable.pt")["step"] == 24
     assert not any(name.startswith("module.") or "_orig_mod" in name for name in checkpoint["model"])
@@ -234,7 +234,7 @@ def test_hooks_fire_in_training_and_evaluation_also_when_layers_are_compiled(mon
     training(rows[:, :-1], rows[:, 1:].contiguous())[1].backward()
     assert len(calls) == 6
     args = arguments(data="text", context=24, resume=False)
-    run = train.Run(args, model.config, None, {"general": rows}, {}, [], first=True)
+    run = train.Run(args, model, None, {"general": rows}, {}, [], first=True)
     run.report(model, 0)
     assert len(calls) == 12
     model.layers[0].register_forward_hook(lambda *_: calls.append(1))       # and one that comes later
