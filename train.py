@@ -16,7 +16,6 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
      warm-up     constant           cooldown, linear to zero, with math
 """
 import argparse
-import contextlib
 import functools
 import gc
 import glob
@@ -273,16 +272,8 @@ def read_args():
     return args, model, checkpoint
 
 
-def refuse_a_run(folder):
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a folder")
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("ckpt.pt", "stable.pt")):
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-
-
 def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
-    refuse_a_run(args.out)
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.start >= args.steps:
@@ -349,14 +340,16 @@ class Run:
             save_atomically(os.path.join(self.args.out, "log.jsonl"), lambda f: f.writelines(lines))
 
 
-def own_folder(folder):
-    """Makes the folder -> its lock: SQLite's, which on every system ends with the process, also when it is killed."""
-    os.makedirs(folder, exist_ok=True)
+def own_folder(args):
+    """Makes the run's folder -> its lock: SQLite's, which on every system ends with the process, also a killed one."""
+    os.makedirs(args.out, exist_ok=True)
     try:
-        lock = sqlite3.connect(os.path.join(folder, "lock"), timeout=0, isolation_level=None)   # stores nothing
+        lock = sqlite3.connect(os.path.join(args.out, "lock"), timeout=0, isolation_level=None)     # stores nothing
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        raise ValueError(f"{folder} cannot be locked: another process trains there, if it is locked ({error})")
+        raise ValueError(f"{args.out} cannot be locked: another process trains there, if it is locked ({error})")
+    if not args.resume and any(os.path.exists(os.path.join(args.out, name)) for name in ("ckpt.pt", "stable.pt")):
+        raise ValueError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
     return lock
 
 
@@ -374,6 +367,7 @@ def start_processes(args):
 def main():
     args, model, checkpoint = read_args()
     rank, world_size = start_processes(args)
+    lock = own_folder(args) if rank == 0 else None      # held until the process ends
     torch.set_float32_matmul_precision("high")      # TF32, on a GPU
     # 1. the model, and its optimizers
     spec = checkpoint.get("tokenizer") or args.encoding or (None if model else evaluate.TOKENIZER)
@@ -403,15 +397,12 @@ def main():
         tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} on {args.device}, {optimizer}")
     if not args.resume:
         run.report(model, start)
-    # 4. training; whatever can be refused has been refused before the folder is made
+        for name in texts if args.data and rank == 0 else []:       # a copy, for --resume
+            save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
+        run.save("ckpt.pt", model, optimizers, start)
+    # 4. training
     batches = functools.partial(make_batch, streams, args, rank, world_size)
-    with contextlib.closing(own_folder(args.out)) if rank == 0 else contextlib.nullcontext():
-        if rank == 0 and not args.resume:
-            refuse_a_run(args.out)          # again: one may have come while the text was encoded
-            for name in texts if args.data else []:
-                save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
-            run.save("ckpt.pt", model, optimizers, start)
-        model = train(args, model, optimizers, batches, start, run)
+    model = train(args, model, optimizers, batches, start, run)
     if world_size > 1:
         dist.destroy_process_group()
     # 5. a sample

@@ -1,5 +1,6 @@
 """Runs the scripts from the root, on small models, with one thread so that sums come in one order."""
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -58,6 +59,7 @@ def script(name, *arguments):
             run_script(importlib.import_module(name.removesuffix(".py")).main)
         except SystemExit as stopped:
             code = stopped.code or 0
+    gc.collect()                # a run's lock ends with its process, here with what is left of it
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
     return types.SimpleNamespace(returncode=code, stdout=out, stderr=err,
                                  errors=[line for line in err.splitlines() if "error:" in line])
