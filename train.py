@@ -46,10 +46,9 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
 def open_stream(name, files, args, tokenizer):
     """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows
     (n, context + 1); the tokens that tell whether the text has changed."""
-    if not files:                           # the built-in world is made as it is read
-        row = functools.partial(evaluate.world_row, tokenizer, args.context, name)
-        heldout = np.stack([row(True, 0, number) for number in range(64)])      # the same for all seeds
-        row = functools.partial(row, False, args.seed)
+    if not files:       # the built-in world is made as it is read; its held-out rows are the same for all seeds
+        row = functools.partial(evaluate.world_row, tokenizer, args.context, name, False, args.seed)
+        heldout = np.stack([evaluate.world_row(tokenizer, args.context, name, True, 0, number) for number in range(64)])
         return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     if args.resume:                         # the run's folder has a copy: its files may have moved
