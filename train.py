@@ -424,19 +424,17 @@ def train(args, model, optimizers, make, start, run):
     loader = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda)
     wrapped, losses = prepare(model, args), []          # losses since the last report
     for step, rows in zip(tqdm(steps, unit="step", disable=None if run.first else True), loader):
-        # 1. the learning rate of this step
-        rate = learning_rate(args, step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["share"] * rate         # share: see make_optimizers
-        # 2. forward and backward
+        # 1. the batch
         rows = rows.to(args.device, non_blocking=True)                  # (batch, context + 1)
+        # 2. forward and backward
         with autocast:
             loss = wrapped(rows[:, :-1], rows[:, 1:])[1]
         loss.backward()
-        # 3. the update
+        # 3. the update, at the learning rate of this step
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["share"] * learning_rate(args, step)        # share: see make_optimizers
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only
