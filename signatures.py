@@ -121,10 +121,9 @@ def reordered(path, size):
     """Every path with one unit of `size` visits skipped, swapped with the next one, or reversed inside. Grown models
     are said to bear blocks out of place well (arXiv 2512.08819)."""
     parts = [(path[:i], path[i:i + size], path[i + size:]) for i in range(0, len(path), size)]
-    paths = {"skip": [before + after for before, _, after in parts if before or after],         # else nothing is left
-             "swap": [before + after[:size] + unit + after[size:] for before, unit, after in parts if after],
-             "reverse": [before + unit[::-1] + after for before, unit, after in parts if unit[::-1] != unit]}
-    return {name: found for name, found in paths.items() if found}
+    return {"skip": [before + after for before, _, after in parts if before or after],          # else nothing is left
+            "swap": [before + after[:size] + unit + after[size:] for before, unit, after in parts if after],
+            "reverse": [before + unit[::-1] + after for before, unit, after in parts if unit[::-1] != unit]}
 
 
 def weight_similarity(model, path=None):
@@ -206,7 +205,7 @@ def numbers(curves, block):
     for apart in sorted({1, block}) if block < depth else ():
         yield "weights: cosine of visits apart", f"by {apart}", curves["weights"].diagonal(apart).mean().item()
     for name in curves:
-        if name.endswith(("_layer", "_block")):
+        if name.endswith(("_layer", "_block")) and len(curves[name]):       # a layer has no inside to reverse
             yield "change of the loss, mean over places", name, curves[name].mean().item()
 
 
