@@ -110,53 +110,51 @@ def show_scan(model, checkpoint, args):
     tokens, targets = evaluate.examples_of(args, get_tokenizer(checkpoint["tokenizer"]), model.config.context)  # (n, T)
     if model.config.path or args.visits < 2 or len(tokens) < 4:
         raise ValueError("a scan needs a model without a loop of its own (see grow.py), 2 --visits and 4 examples")
-    # 1. a scan is known by what is in the model and the examples, since files move
-    checksum = args.visits
-    for tensor in (*model.state_dict().values(), tokens, targets):
-        checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
     label, seed = evaluate.label_of(args.model, checkpoint)
     what, n_layer = os.path.basename(args.data or args.questions or args.task), model.config.n_layer
     row = {"table": f"gain of {args.visits} visits: {what}", "seed": seed, "n": len(tokens) // 2}
-    # 2. what --results has of it, and the blocks that are left
-    gains = {}      # {loop as it is written: {"chosen": row, "reported": row}}
-    for old in evaluate.read_rows(args.results) if args.results and os.path.exists(args.results) else []:
-        if old.get("scan") == checksum:
-            gains.setdefault(old["loop"], {})[old["column"]] = {**old, **row, "model": f"{label} {old['loop']}"}
+    # 1. what --results has: a scan is known by what is in the model and the examples, since files move
+    checksum = args.visits
+    for tensor in (*model.state_dict().values(), tokens, targets):
+        checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
+    rows = evaluate.read_rows(args.results) if args.results and os.path.exists(args.results) else []
+    gains = {(old["loop"], old["column"]): {**old, **row, "model": f"{label} {old['loop']}"}
+             for old in rows if old.get("scan") == checksum}
+    # 2. of the other blocks the gain over the plain model
     blocks = {write_loop(n_layer, first, last - first + 1, args.visits): (first, last)
               for first in range(n_layer) for last in range(first, n_layer)}
-    rest = [loop for loop in blocks if len(gains.get(loop, {})) < 2]        # not both halves
-    # 3. their gain over the plain model
+    rest = [loop for loop in blocks if (loop, "reported") not in gains]
     scores = scan(model, tokens, targets, [parse_loop(loop)[1] for loop in rest])
     plain_loss, plain_right = next(scores)      # (n,) each
     for loop, (loss, right) in zip(tqdm(rest, unit="block", disable=None), scores):
         gain = plain_loss - loss if args.data else right.float() - plain_right.float()      # paired over the examples
-        gains[loop] = {column: {**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
-                                "se": (half.std() / len(half) ** 0.5).item(), "loop": loop, "scan": checksum}
-                       for column, half in (("chosen", gain[::2]), ("reported", gain[1::2]))}
-        if args.results:        # at once: the scan may be stopped
-            evaluate.append_rows(args.results, gains[loop].values())
-    # 4. the best by the first half; for a table over the seeds, the plain model and what its best block gains
-    best = sorted(blocks, key=lambda loop: -gains[loop]["chosen"]["value"])[:10]
+        for column, half in (("chosen", gain[::2]), ("reported", gain[1::2])):
+            gains[loop, column] = {**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
+                                   "se": (half.std() / len(half) ** 0.5).item(), "loop": loop, "scan": checksum}
+            if args.results:        # at once: the scan may be stopped
+                evaluate.append_rows(args.results, [gains[loop, column]])
+    # 3. the best by the first half; for a table over the seeds, the plain model and what its best block gains
+    best = sorted(blocks, key=lambda loop: -gains[loop, "chosen"]["value"])[:10]
     score = plain_loss if args.data else plain_right.float()        # (n,)
     row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
-    gain = {name: gains[best[0]]["reported"][name] for name in ("value", "se", "loop")}
+    gain = {name: gains[best[0], "reported"][name] for name in ("value", "se", "loop")}
     summary = [{**row, "model": label, "value": score.mean().item()}, {**row, "model": f"{label} gain", **gain}]
-    evaluate.print_tables([half for loop in best for half in gains[loop].values()] + summary)
+    evaluate.print_tables([gains[loop, half] for loop in best for half in ("chosen", "reported")] + summary)
     if args.results:
         evaluate.append_rows(args.results, summary)
     if args.plot:
-        plot_scan(args.plot, n_layer, {blocks[loop]: list(halves.values()) for loop, halves in gains.items()})
+        plot_scan(args.plot, n_layer, blocks, gains)
 
 
-def plot_scan(file, n_layer, gains):
-    """A heat map of {(first, last layer of a block): two rows}"""
+def plot_scan(file, n_layer, blocks, gains):
+    """A heat map. blocks: {loop: (first, last layer)}, gains: {(loop, half): row}"""
     from matplotlib import colors, figure
     values = torch.full((n_layer, n_layer), torch.nan)      # a block does not end before it begins
-    for block, (chosen, reported) in gains.items():
-        values[block] = (chosen["value"] + reported["value"]) / 2       # over all examples
+    for loop, block in blocks.items():
+        values[block] = (gains[loop, "chosen"]["value"] + gains[loop, "reported"]["value"]) / 2     # over all examples
     axis = figure.Figure(layout="constrained").subplots()
     image = axis.imshow(values, cmap="RdBu", norm=colors.CenteredNorm(), origin="lower")    # white is no change
-    axis.set(title=chosen["table"], xlabel="last layer of the block", ylabel="first layer")
+    axis.set(title=gains[loop, "chosen"]["table"], xlabel="last layer of the block", ylabel="first layer")
     axis.figure.colorbar(image)
     axis.figure.savefig(file, dpi=120)
 
