@@ -187,16 +187,14 @@ def main():
     # the prompt along each path
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths, own = paths_of(args, model.config), model.config.resolve_path()
-    if not paths:       # its own path, and numbers of visits of its loop, or of the middle quarter of the layers
-        block = max(1, n_layer // 4)
-        start, looped = (n_layer - block) // 2, [index for index in range(n_layer) if own.count(index) > 1]
-        if looped and own == loop_path(n_layer, looped[0], len(looped), own.count(looped[0]) - 1):
-            start, block = looped[0], len(looped)
+    if not paths:       # its own path, and numbers of visits of the layers that it loops, or of the middle quarter
+        looped = [index for index in range(n_layer) if own.count(index) > 1]
+        block = looped[-1] - looped[0] + 1 if looped else max(1, n_layer // 4)
+        start = looped[0] if looped else (n_layer - block) // 2
         paths = {"its own path": own}
-        for loop in [write_loop(n_layer, start, block, visits) for visits in (1, 2, 3, 5)]:
-            _, path = parse_loop(loop)
-            if path != own:
-                paths[loop] = path
+        for visits in (1, 2, 3, 5):
+            if (path := loop_path(n_layer, start, block, visits - 1)) != own:
+                paths[write_loop(n_layer, start, block, visits)] = path
     for name, path in paths.items():
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}")
         for stream, rows in checkpoint["heldout"].items():      # a Hugging Face model has none
