@@ -300,11 +300,10 @@ def score_targets(model, hidden, targets):
     scored = targets >= 0                                                       # (B, T)
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
-    loss = torch.zeros(targets.shape, device=targets.device)                    # (B, T)
-    wrong = loss.clone()
-    loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")   # 0 elsewhere
-    wrong[scored] = (logits.argmax(-1) != targets[scored]).float()
-    return loss.sum(1) / scored.sum(1), wrong.sum(1) == 0
+    loss, right = torch.zeros(targets.shape, device=targets.device), ~scored    # (B, T), 0 and right where not scored
+    loss[scored] = F.cross_entropy(logits, targets[scored], reduction="none")
+    right[scored] = logits.argmax(-1) == targets[scored]
+    return loss.sum(1) / scored.sum(1), right.all(1)
 
 
 @torch.no_grad()
