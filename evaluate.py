@@ -73,7 +73,7 @@ SYMBOLS = [*NAMES, *(f"{name}=" for name in NAMES), *NUMBERS]
 WORDS = sorted({*SYMBOLS, *PEOPLE, *REAL, *LABELS, *FORMAT, *OTHERS, "\n"})
 TOKENIZER = {"words": ["<|endoftext|>", *WORDS], "pattern": PIECES}     # for get_tokenizer
 
-# --- families: random.Random, options -> body, [(question, answer), ...] --------------------------
+# --- families: random.Random, options -> body, ["question|answer", ...] ----------------------------
 
 def lookups(rng, hops=1):
     """o=14 / s=4 / k=o / k=|14 / o| 14     each name is asked three times, a quarter of the time without its ="""
@@ -89,7 +89,7 @@ def lookups(rng, hops=1):
         body.append(f"{name}={source}")
     # 2. each name three times, in three orders
     asked = [name for _ in range(3) for name in rng.sample(names, len(names))]
-    questions = [(name, f" {value[name]}") if rng.random() < 0.25 else (f"{name}=", value[name]) for name in asked]
+    questions = [f"{name}| {value[name]}" if rng.random() < 0.25 else f"{name}=|{value[name]}" for name in asked]
     return "\n".join(body) + "\n", questions
 
 
@@ -98,27 +98,26 @@ def lists(rng):
     words, pieces = rng.sample(rng.choice((WORDS, SYMBOLS)), rng.randint(3, 8)), []
     for _ in range(3):
         start = rng.randrange(len(words) - 2)       # a piece has three words or more
-        piece = words[start:start + rng.randint(3, 6)]
-        pieces.append((" ".join(piece[:-1]), f" {piece[-1]}"))
-    return " ".join(words) + "\n", pieces      # the last word of each piece is its answer
+        *piece, last = words[start:start + rng.randint(3, 6)]
+        pieces.append(f"{' '.join(piece)}| {last}")
+    return " ".join(words) + "\n", pieces
 
 
 def rule(rng, lines=16):
     """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
     kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
-    words = rng.sample([(word, f" {label}") for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
+    words = rng.sample([f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
     return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
 def open_book(rng):
     """Ben took the lamp to the cave . Mia took the key to the park . / Where is the lamp ?| cave"""
-    # four candidates
-    people, things, places = (rng.sample(x, 4) for x in (PEOPLE, CLASSES["thing"], CLASSES["place"]))
+    people, things, places = (rng.sample(x, 4) for x in (PEOPLE, CLASSES["thing"], CLASSES["place"]))     # candidates
     body = " ".join(f"{who} {rng.choice(('took', 'carried'))} the {thing} to the {place} ."
                     for who, thing, place in zip(people, things, places))
     # a person is where the thing is
     where = [*zip(people, places), *((f"the {thing}", place) for thing, place in zip(things, places))]
-    return body + "\n", [(f"Where is {what} ?", f" {place}") for what, place in where]
+    return body + "\n", [f"Where is {what} ?| {place}" for what, place in where]
 
 
 def portrait(rng):
@@ -126,19 +125,19 @@ def portrait(rng):
     person = rng.choice(PEOPLE)
     # one of the two statements of each kind, in any order
     facts = [rng.choice(FACTS[kind][:2]).format(person, TRUTH[person][kind]) for kind in FACTS]
-    return " ".join(rng.sample(facts, 4)) + "\n", [("", "")]        # no question is asked: an empty one
+    return " ".join(rng.sample(facts, 4)) + "\n", ["|"]     # no question is asked: an empty one
 
 
 def closed_book(rng):
     """Where does Mia live ?| Dover"""
     person = rng.choice(PEOPLE)
-    return "", [(FACTS[kind][2].format(person), f" {TRUTH[person][kind]}") for kind in FACTS]
+    return "", [f"{FACTS[kind][2].format(person)}| {TRUTH[person][kind]}" for kind in FACTS]
 
 
 def arithmetic(rng):
     """7 + 5 =| 12"""
     x, y = rng.randint(0, 19), rng.randint(0, 19)
-    return "", [(f"{x} + {y} =", f" {x + y}"), (f"{x + y} - {y} =", f" {x}")]       # no body: never below zero
+    return "", [f"{x} + {y} =| {x + y}", f"{x + y} - {y} =| {x}"]       # no body: never below zero
 
 
 def sums(rng):
@@ -146,9 +145,8 @@ def sums(rng):
     a, b = rng.sample(NAMES, 2)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     return (f"{a}={x}\n{b}={y}\n",
-            [(f"{a} + {b} = {x} + {y} =", f" {x + y}"), (f"{b} - {a} =", f" {y - x}"),
-             (f"- {a} + {b} = - {x} + {y} =", f" {y - x}"), (f"- {a} - {b} =", f" {-x - y}"),
-             (f"{a} - {b} = {x} - {y} =", f" {x - y}"), (f"{a} + {b} =", f" {x + y}")])
+            [f"{a} + {b} = {x} + {y} =| {x + y}", f"{b} - {a} =| {y - x}", f"- {a} + {b} = - {x} + {y} =| {y - x}",
+             f"- {a} - {b} =| {-x - y}", f"{a} - {b} = {x} - {y} =| {x - y}", f"{a} + {b} =| {x + y}"])
 
 
 def word_problem(rng):
@@ -161,25 +159,25 @@ def word_problem(rng):
     loses = n < count[who] and rng.random() < 0.5       # nobody has fewer than one
     body += f" {people[who]} loses {n} ." if loses else f" {people[who]} finds {n} more ."
     count[who] += -n if loses else n
-    return body + "\n", [(f"How many does {people[who]} have ?", f" {count[who]}"),
-                         ("How many do they have together ?", f" {sum(count)}")]
+    return body + "\n", [f"How many does {people[who]} have ?| {count[who]}",
+                         f"How many do they have together ?| {sum(count)}"]
 
 
 # from here on families of tasks only
-WORDINGS = {    # of one puzzle: header, question, what stands before the answer. All but `bare` are the published ones
-    "bare": ("", "{}=", ""),
-    "basic": ("Fill in blank:\n\n", "{}=___. ->", ""),
+WORDINGS = {    # of one puzzle: header, question. All but `bare` are the published ones
+    "bare": ("", "{}=|"),
+    "basic": ("Fill in blank:\n\n", "{}=___. ->|"),
     "math": ("The following is a set of simple mathematical equations.\n\n",
-             "\nWhat is the numerical value of {}?\nAnswer:", " "),
+             "\nWhat is the numerical value of {}?\nAnswer:| "),
     "code": ("The following is a very short Python program. Use the program to resolve the value of the "
-             "variable in the question.\n\nProgram:\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:", " ")}
+             "variable in the question.\n\nProgram:\n", "\nQuestion:\nWhat is the value of {}?\n\nAnswer:| ")}
 
 
 def chains(rng, hops, wording="bare"):
     """o=14 / s=4 / k=s / b=o / k=|4     five chains side by side, each level a permutation of the last: every value is
     right equally often, and no shortcut beats a guess. The primitive "variable assignment" is the same puzzle in a
     published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10"""
-    header, question, space = WORDINGS[wording]
+    header, question = WORDINGS[wording]
     names, numbers = (NAMES, NUMBERS) if wording == "bare" else (NAMES[:26], NUMBERS[1:26])     # as published
     names = rng.sample(names, 5 * (hops + 1))
     level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
@@ -188,14 +186,14 @@ def chains(rng, hops, wording="bare"):
         source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))      # each name of the next level: one of this
         body += [f"{name}={other}\n" for name, other in source.items()]
         level = {name: level[other] for name, other in source.items()}      # the last level is asked for
-    return header + "".join(body), [(question.format(name), space + number) for name, number in level.items()]
+    return header + "".join(body), [question.format(name) + number for name, number in level.items()]
 
 
 def copying(rng, words):
     """Fill in blank:\n\npum nyj gdq ocu rzk jbw mlz eny kyx uni rzk jbw mlz eny kyx ___. ->|uni"""
     words = rng.sample(words, 10)       # the list, then five of it again: which word is next?
     return ("Fill in blank:\n\n" + " ".join(words),
-            [(" " + " ".join(words[i:i + 5]) + " ___. ->", words[i + 5]) for i in range(5)])
+            [f" {' '.join(words[i:i + 5])} ___. ->|{words[i + 5]}" for i in range(5)])
 
 
 def preschool(rng, calculation):
@@ -204,8 +202,8 @@ def preschool(rng, calculation):
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))       # before x, before y
     value = (-x if sign else x) + (y if op == "+" else -y)
-    answer = f"{sign}{x}{op}{y}={value}" if calculation else f"{value}"
-    return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [(f"{c}={sign}{a}{op}{b}\n{c}=___ ->", answer)]
+    answer = f"{sign}{x}{op}{y}={value}" if calculation else value
+    return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [f"{c}={sign}{a}{op}{b}\n{c}=___ ->|{answer}"]
 
 # --- training text and tasks ----------------------------------------------------------------------
 
@@ -231,13 +229,14 @@ HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run show
 
 
 def puzzle(family, rng, heldout):
-    """One puzzle. One in eight bodies (questions, where there is no body) is held out, never in training text: by its
-    checksum, so that there is no list to keep, and none to leak."""
+    """One puzzle -> body, [(question, answer), ...]. One in eight bodies (questions, where there is none) is held out,
+    never in training text: by its checksum, so that there is no list to keep, and none to leak."""
     while True:     # until one is on the side that is asked for
         body, questions = family(rng)
-        questions = [(q, a) for q, a in questions if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
-        if questions:
-            return body, questions
+        pairs = [question.split("|") for question in questions]
+        pairs = [(q, a) for q, a in pairs if (zlib.crc32((body or q).encode()) % 8 == 0) == heldout]
+        if pairs:
+            return body, pairs
 
 
 def document(rng, stream, heldout=False):
