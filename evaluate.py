@@ -25,7 +25,7 @@ import re
 import statistics
 import string
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from fractions import Fraction
 from functools import lru_cache, partial
 
@@ -578,10 +578,9 @@ def read_rows(file):
 
 def tables_of(rows):
     """-> of each table its name, {(model, column): {seed: row}}, models, columns. Of a row twice the last counts."""
-    tables = {}     # {table: {(model, column): {seed: row}}}
+    tables = defaultdict(lambda: defaultdict(dict))     # a cell that has no row is {}
     for row in rows:
-        cells = tables.setdefault(row["table"], {})
-        cells.setdefault((row["model"], row["column"]), {})[row["seed"]] = row
+        tables[row["table"]][row["model"], row["column"]][row["seed"]] = row
     for table, cells in tables.items():
         yield table, cells, *(list(dict.fromkeys(x)) for x in zip(*cells))
 
@@ -591,7 +590,7 @@ def differences(rows, names):
     title = "{} - {}" if len(names) == 2 else "({} - {}) - ({} - {})"
     for _, cells, _, columns in tables_of(rows):
         for column in columns:
-            found = [cells.get((name, column), {}) for name in names]       # {seed: row} each
+            found = [cells[name, column] for name in names]     # {seed: row} each
             seeds = set.intersection(*map(set, found))      # those that all have; of one there is no interval
             for seed in seeds if len(seeds) > 1 else ():
                 value = sum(sign * by_seed[seed]["value"] for sign, by_seed in zip((1, -1, -1, 1), found))
@@ -621,13 +620,13 @@ def print_tables(rows):
     for table, cells, names, columns in tables_of(rows):
         lines = [["", "seeds", *columns]]       # texts, the heading first
         for name in names:
-            found = [list(cells.get((name, column), {}).values()) for column in columns]    # a row per seed, each
+            found = [list(cells[name, column].values()) for column in columns]      # a row per seed, each
             seeds = max(map(len, found))        # a cell may have fewer
             lines.append([name, str(seeds), *(cell(some, seeds) for some in found)])
         for key in ("chance", "shots", "n"):    # what the scores of a column share
             texts = []
             for column in columns:
-                found = {row[key] for name in names for row in cells.get((name, column), {}).values() if key in row}
+                found = {row[key] for name in names for row in cells[name, column].values() if key in row}
                 ends = sorted({min(found), max(found)}) if found else []        # 5, or 2-5
                 texts.append("-".join(f"{round(x, 2):g}" for x in ends))
             if any(texts):
@@ -655,7 +654,7 @@ def plot_lines(file, rows, xlabel, ylabels):
     for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
         for i, (line, names) in enumerate(lines.items()):
             # of each step or visit a row per seed; where a seed lacks one, it is left out
-            found = [list(cells.get((name, column), {}).values()) for name in names]
+            found = [list(cells[name, column].values()) for name in names]
             seeds = max(map(len, found))
             found = [some for some in found if some and len(some) == seeds]
             at = [statistics.mean(row["x"] for row in some) for some in found]
