@@ -460,19 +460,17 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
             "chance": TASKS[task].chance}
 
 
-NUMBER = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     # -$1,234.50, .5, 3/4
-
-
 def is_same(prediction, reference):
     """Whether a text gives the reference answer: what stands after GSM8K's ####, where it does. A number is compared
     with the last number of the prediction, any other answer as a whole."""
+    number = r"(?<![\w.)])-?\$?(?:\d+/[1-9]\d*|\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"     # -$1,234.50, .5, 3/4
     # one kind of minus
     prediction, reference = (text.replace("−", "-").split("####")[-1].strip() for text in (prediction, reference))
-    if not re.fullmatch(NUMBER, reference):     # text: the whole of it counts
+    if not re.fullmatch(number, reference):     # text: the whole of it counts
         return prediction.split() == reference.split()
-    found = re.findall(NUMBER, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
+    found = re.findall(number, prediction)[-1:]     # the last number is the answer, as in GSM8K's scoring
     # as fractions, so that 4/6 is 2/3 and 18.00 is 18
-    values = [Fraction(re.sub("[$,]", "", number)) for number in (*found, reference)]
+    values = [Fraction(re.sub("[$,]", "", text)) for text in (*found, reference)]
     return len(values) == 2 and values[0] == values[1]
 
 
@@ -597,9 +595,6 @@ def differences(rows, names):
                 yield {**found[0][seed], "model": title.format(*names), "value": value, "paired": True}
 
 
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # t of a 95% interval, of 2 to 10 seeds
-
-
 def cell(rows, seeds):
     """rows: one per seed -> their mean ± standard deviation; of one seed ± the standard error of its examples; of a
     difference ± half of its 95% interval, by Student's t. Their number follows where their line has more `seeds`."""
@@ -609,7 +604,8 @@ def cell(rows, seeds):
     mean = statistics.mean(row["value"] for row in rows)
     spread = statistics.stdev(row["value"] for row in rows) if n > 1 else rows[0].get("se")
     if paired:      # there are at least two
-        spread *= STUDENT[min(n - 2, 8)] / n ** 0.5
+        student = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # t of a 95% interval, of 2 to 10 seeds
+        spread *= student[min(n - 2, 8)] / n ** 0.5
     digits = 4 if "se" in rows[0] and "chance" not in rows[0] else 3        # a block's gain in loss is small
     text = f"{mean:+.{digits}f}" if paired else f"{mean:.{digits}f}"
     return text + ("" if spread is None else f"±{spread:.{digits}f}") + (f" ({n})" if n < seeds else "")
