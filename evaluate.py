@@ -374,16 +374,16 @@ def encode_pairs(pairs, tokenizer):
 
 
 @lru_cache      # a log line or another path asks the same questions again
-def encode_examples(task, tokenizer, context, n, shots=0, seed=0):
-    """n different examples of a task, or all that it has, with `shots` worked examples each, or fewer where the
-    longest would not fit -> tokens, targets (n, T), shots. Raises TooLong where not even a question alone fits."""
+def encode_examples(task, tokenizer, context, n, shots=None, seed=0):
+    """n different examples of a task, or all that it has, each after `shots` worked ones (the task's own number unless
+    given), or fewer where the longest would not fit -> tokens, targets (n, T), shots. Raises TooLong if none fit."""
     seeds = {}      # {question: the seed that makes it}
     for i in range(20 * n):     # closed-book has only some tens of questions: each is asked once
         name = f"{seed} {task} {i}"
         seeds.setdefault(example(task, random.Random(name))[0], name)
         if len(seeds) == n:
             break
-    for fitting in range(shots, -1, -1):        # one less, until the longest fits
+    for fitting in range(TASKS[task].shots if shots is None else shots, -1, -1):    # less, until the longest fits
         pairs = [example(task, random.Random(name), fitting) for name in seeds.values()]
         tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
         if tokens.shape[1] < context:
@@ -416,9 +416,7 @@ def examples_of(args, tokenizer, context):
         return rows[:, :-1], rows[:, 1:]        # every token is predicted
     if args.questions:
         return encode_pairs(read_questions(args.questions, tokenizer, context, args.n), tokenizer)
-    if args.task not in TASKS:
-        raise ValueError(f"there is no task {args.task}, only {', '.join(TASKS)}")
-    return encode_examples(args.task, tokenizer, context, args.n, TASKS[args.task].shots, args.seed)[:2]
+    return encode_examples(args.task, tokenizer, context, args.n, seed=args.seed)[:2]
 
 
 def proportion(right):
@@ -428,9 +426,7 @@ def proportion(right):
 
 
 def accuracy(model, tokenizer, task, n=200, shots=None, path=None):
-    """Exact match on n held-out examples, with the task's own number of shots unless given -> dict: value, se
-    (standard error), n, chance, shots that fit."""
-    shots = TASKS[task].shots if shots is None else shots
+    """Exact match on n held-out examples -> dict: value, se (standard error), n, chance, shots that fit."""
     tokens, targets, shots = encode_examples(task, tokenizer, model.config.context, n, shots)
     _, right = score_rows(model, tokens, targets, path)     # (n,)
     return {**proportion(right), "chance": TASKS[task].chance, "shots": shots}
@@ -445,7 +441,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
         tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {draw} {task}")
         pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
         tokens, targets = (x.to(model.embed.weight.device) for x in encode_pairs(pairs, tokenizer))     # (n_train, T)
-        tests = encode_examples(task, tokenizer, model.config.context, n_test, seed=draw)[:2]           # (n_test, T)
+        tests = encode_examples(task, tokenizer, model.config.context, n_test, 0, draw)[:2]             # (n_test, T)
         # a fresh optimizer: the run's own moments are of other text
         optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
         for step in range(1, steps + 1):

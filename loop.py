@@ -106,7 +106,7 @@ def scan(model, tokens, targets, paths, batch=8):
 
 def show_scan(model, checkpoint, args):
     """What each block gains from --visits: chosen on one half of the examples, reported on the other."""
-    import evaluate     # here, since it imports this file
+    import evaluate
     tokens, targets = evaluate.examples_of(args, get_tokenizer(checkpoint["tokenizer"]), model.config.context)  # (n, T)
     if model.config.path or args.visits < 2 or len(tokens) < 4:
         raise ValueError("a scan needs a model without a loop of its own (see grow.py), 2 --visits and 4 examples")
@@ -160,6 +160,7 @@ def plot_scan(file, n_layer, blocks, gains):
 
 
 def main():
+    import evaluate     # here, since it imports this file
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
     add_path_options(parser)
@@ -169,7 +170,7 @@ def main():
     # the scan
     parser.add_argument("--scan", action="store_true", help="visit every block once more: which one helps?")
     parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
-    parser.add_argument("--task", default="hops-2", help="what it asks: a task of evaluate.py (default: hops-2)")
+    parser.add_argument("--task", default="hops-2", choices=evaluate.TASKS, help="what it asks (default: hops-2)")
     parser.add_argument("--data", metavar="FILE", help="in place of a task: text, scored by its loss")
     parser.add_argument("--questions", metavar="FILE.jsonl", help="in place of a task: your questions and answers")
     parser.add_argument("-n", type=positive_int, default=200, help="examples, or rows of text (default: 200)")

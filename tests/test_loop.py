@@ -89,7 +89,7 @@ def test_the_scan_by_command(trained, tmp_path):
     printed = works("loop.py", moved, *command[2:], "--data", text, "--results", rows).stdout
     assert re.findall(r"±.*", printed) == re.findall(r"±.*", whole) and len(rows.read_text()) < len(before) * 1.1
     long = written(tmp_path / "long.jsonl", ('{"question": "' + "1 + " * 200 + '1 ?", "answer": 2}\n') * 9)
-    for options, message in ((["--task", "hops-9"], "no task hops-9"), (["--questions", long], "none of 8"), (["-n", 3], "4"),
+    for options, message in ((["--task", "hops-9"], "choice: 'hops-9'"), (["--questions", long], "none of 8"), (["-n", 3], "4"),
                              (["--visits", 1], "2 --visits"), (["--plot", "a.xyz"], ".png")):
         refused(message, *command, *options)
     refused("-n goes only with --scan", "loop.py", trained / "ckpt.pt", "-n", 4)
