@@ -707,12 +707,10 @@ def main():
     rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if args.compare:
-        if missing := set(args.compare) - {row["model"] for row in rows}:
-            raise ValueError(f"there is nothing to compare: no line is {' or '.join(sorted(missing))}")
         rows = [row for row in rows if row["model"] in args.compare]
         rows += differences(rows, args.compare)
         if not any("paired" in row for row in rows):
-            raise ValueError("there is nothing to compare: these lines share no table with two seeds or more")
+            raise ValueError("there is nothing to compare: no table has all of these lines, with two seeds or more")
     # 2. what is shown of them
     if not rows:
         raise ValueError("there is nothing to show: no task, no such rows, or nothing that fits the context")
