@@ -179,14 +179,12 @@ def chains(rng, hops, wording="bare"):
     published wording: Fill in blank:\n\no=14\ns=4\nu=8\nm=10\nq=12\nm=___. ->|10"""
     header, question = WORDINGS[wording]
     names, numbers = (NAMES, NUMBERS) if wording == "bare" else (NAMES[:26], NUMBERS[1:26])     # as published
-    names = rng.sample(names, 5 * (hops + 1))
-    level = dict(zip(names[:5], rng.sample(numbers, 5)))        # name: its number, of the names of one level
-    body = [f"{name}={number}\n" for name, number in level.items()]
-    for i in range(5, len(names), 5):
-        source = dict(zip(names[i:i + 5], rng.sample(list(level), 5)))      # each name of the next level: one of this
-        body += [f"{name}={other}\n" for name, other in source.items()]
-        level = {name: level[other] for name, other in source.items()}      # the last level is asked for
-    return header + "".join(body), [question.format(name) + number for name, number in level.items()]
+    names, level, body = rng.sample(names, 5 * (hops + 1)), {}, header
+    for i in range(0, len(names), 5):       # a level, assigned to the one before it; the first to numbers
+        source = dict(zip(names[i:i + 5], rng.sample(list(level) or numbers, 5)))
+        body += "".join(f"{name}={other}\n" for name, other in source.items())
+        level = {name: level.get(other, other) for name, other in source.items()}       # the number of each name
+    return body, [question.format(name) + number for name, number in level.items()]      # of the last level
 
 
 def copying(rng, words):
@@ -201,7 +199,7 @@ def preschool(rng, calculation):
     a, b, c = rng.sample(string.ascii_lowercase, 3)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     sign, op = rng.choice((("", "+"), ("", "-"), ("-", "+"), ("-", "-")))       # before x, before y
-    value = (-x if sign else x) + (y if op == "+" else -y)
+    value = int(f"{sign}{x}") + int(f"{op}{y}")
     answer = f"{sign}{x}{op}{y}={value}" if calculation else value
     return f"Fill in blank:\n{a}={x}\n{b}={y}\n", [f"{c}={sign}{a}{op}{b}\n{c}=___ ->|{answer}"]
 
