@@ -550,14 +550,14 @@ def rows_of_models(args, measure):
         for table, where, column, score in measured:
             line = f"{label} {where}".strip()
             rows.append({"table": table, "model": line, "seed": seed, "column": column, **score})
-            if args.results:    # at once: a command that is stopped leaves what it has measured
-                append_rows(args.results, rows[-1:])
+            append_rows(args.results, rows[-1:])        # at once: a command that is stopped leaves what it has
     return rows
 
 
 def append_rows(file, rows):
-    with open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    if file:        # --results was given
+        with open(file, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(file):

@@ -131,8 +131,7 @@ def show_scan(model, checkpoint, args):
         for column, half in (("chosen", gain[::2]), ("reported", gain[1::2])):
             gains[loop, column] = {**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
                                    "se": (half.std() / len(half) ** 0.5).item(), "loop": loop, "scan": checksum}
-            if args.results:        # at once: the scan may be stopped
-                evaluate.append_rows(args.results, [gains[loop, column]])
+            evaluate.append_rows(args.results, [gains[loop, column]])       # at once: the scan may be stopped
     # 3. the best by the first half; for a table over the seeds, the plain model and what its best block gains
     best = sorted(blocks, key=lambda loop: -gains[loop, "chosen"]["value"])[:10]
     score = plain_loss if args.data else plain_right.float()        # (n,)
@@ -140,8 +139,7 @@ def show_scan(model, checkpoint, args):
     gain = {name: gains[best[0], "reported"][name] for name in ("value", "se", "loop")}
     summary = [{**row, "model": label, "value": score.mean().item()}, {**row, "model": f"{label} gain", **gain}]
     evaluate.print_tables([gains[loop, half] for loop in best for half in ("chosen", "reported")] + summary)
-    if args.results:
-        evaluate.append_rows(args.results, summary)
+    evaluate.append_rows(args.results, summary)
     if args.plot:
         plot_scan(args.plot, n_layer, blocks, gains)
 

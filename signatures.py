@@ -259,8 +259,7 @@ def main():
     check_outputs(rows=args.results, plot=args.plot)
     rows = rows_of_models(args, measure)
     found = list(convergence_rows(rows))
-    if args.results:
-        append_rows(args.results, found)
+    append_rows(args.results, found)
     print_tables(rows + found)
     if args.plot:
         plot_lines(args.plot, rows, "visit", BY_VISIT)
