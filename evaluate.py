@@ -306,9 +306,8 @@ def read_pairs(file, field=None):
 
 
 def check_text_file(file):
-    """Raises ValueError for a file that does not exist, or whose ending is not one that is read."""
-    if not os.path.isfile(file):
-        raise ValueError(f"there is no file {file}")
+    """Raises OSError for a file that does not exist, ValueError for an ending that is not read."""
+    os.stat(file)
     if not file.lower().endswith((".txt", ".md", ".jsonl", ".jsonl.gz", ".bin")):
         raise ValueError(f"{file}: expected .txt, .md, .jsonl, .jsonl.gz or .bin")
 
@@ -393,10 +392,8 @@ def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):
     """A .jsonl of `question` and `answer` -> [(prompt, answer), ...], those that fit the context. The first `shots`
     lines are worked examples of all others; the first `skip` are not asked: any number of shots asks the same."""
     pairs = list(read_pairs(file))
-    if not all(prompt and answer.strip() for prompt, answer in pairs):
-        raise ValueError(f"{file}: expected a question and an answer in each line")
-    if len(pairs) <= skip:
-        raise ValueError(f"{file} holds {len(pairs)} questions, too few for {skip} shots")
+    if len(pairs) <= skip or not all(prompt for prompt, _ in pairs):
+        raise ValueError(f"{file}: expected a question and an answer in each line, and more lines than shots ({skip})")
     before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
     asked = [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]
     fitting = [pair for pair in asked if len(tokenizer.encode("".join(pair))) < context]    # after eot
@@ -535,8 +532,8 @@ def rows_of_models(args, measure):
     """What a command measures of its models, one after another -> rows, each appended to --results as it comes."""
     device, rows, seen = pick_device(args.device), [], {}
     for name in args.models:    # a mistyped one is noticed before the first is measured
-        if name.endswith(".pt") and not os.path.exists(name):
-            raise ValueError(f"there is no file {name}")
+        if name.endswith(".pt"):
+            os.stat(name)
     # one name for one file, however it is written
     for name in dict.fromkeys(os.path.relpath(name) if os.path.exists(name) else name for name in args.models):
         model, checkpoint = load_checkpoint(name, device)

@@ -322,7 +322,7 @@ def test_the_command(trained, tmp_path):
     data = written(tmp_path / "a.txt", "Mia lives in Dover . " * 99)
     assert "a.txt" in works(*common, "--tasks", "--data", data).stdout
     assert json.loads(works(*common, "--tasks", "--data", data, "--json").stdout.splitlines()[-1])["column"] == "loss a.txt"
-    refused("no file", "evaluate.py", model, "none.pt", "--results", tmp_path / "more.jsonl")
+    refused("none.pt", "evaluate.py", model, "none.pt", "--results", tmp_path / "more.jsonl")
     assert not (tmp_path / "more.jsonl").exists()               # noticed before the first model was measured
     stable = works("evaluate.py", model, trained / "stable.pt", "--tasks").stdout
     assert "lidas/stable.pt" in stable

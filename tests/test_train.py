@@ -398,7 +398,7 @@ def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_g
 
 UINT32 = np.arange(9999, dtype=np.uint32) % 200
 BAD_FILES = {       # name: content, what is said
-    "none.txt": (None, "no file"), "empty.txt": (b"", "no text"), "blank.jsonl": (b'{"text": " "}\n', "no text"),
+    "none.txt": (None, "none.txt"), "empty.txt": (b"", "no text"), "blank.jsonl": (b'{"text": " "}\n', "no text"),
     "answer.jsonl": (b'{"question": "a", "answer": ""}\n', "no text"), "few.txt": (b"few words", "--context"),
     # an unknown ending fell through to the most permissive reader: trained on as prose
     "array.json": (b'[{"text": "a"}]', "expected .txt"), "table.csv": (b"a,b\n" * 999, "expected .txt"),
@@ -434,7 +434,7 @@ BAD = {     # options: what is said
     "--field body": "--data",
     "--lr fast": "--lr", "--lr nan": "--lr", "--lr 0": "--lr", "--alpha -1": "--alpha", "--heads 5": "heads",
     "--kv-heads 2": "n_kv_head", "--cooldown 1": "a step or more", "--batch 0": "from 1", "--seed -1": "--seed",
-    "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "no file", "--math {text}": "with --data",
+    "--data {text} --math-share 0.5": "--math-share", "--data {text} --math {none}": "No such file", "--math {text}": "with --data",
     "--device gpu": "no device", "--out {text}/run": "",
     "--context 16": "16",                               # the built-in tasks do not fit: said before training
     # options that do not apply are named, not passed over
