@@ -372,20 +372,20 @@ def encode_pairs(pairs, tokenizer):
 
 @lru_cache      # a log line or another path asks the same questions again
 def encode_examples(task, tokenizer, context, n, shots=None, seed=0):
-    """n different examples of a task, or all that it has, each after `shots` worked ones (the task's own number unless
-    given), or fewer where the longest would not fit -> tokens, targets (n, T), shots. Raises TooLong if none fit."""
+    """n different examples of a task, or all that it has, each after `shots` worked ones; by default the task's own
+    number, or fewer where the longest would not fit -> tokens, targets (n, T), shots. Raises TooLong if they do not."""
     seeds = {}      # {question: the seed that makes it}
     for i in range(20 * n):     # closed-book has only some tens of questions: each is asked once
         name = f"{seed} {task} {i}"
         seeds.setdefault(example(task, random.Random(name))[0], name)
         if len(seeds) == n:
             break
-    for fitting in range(TASKS[task].shots if shots is None else shots, -1, -1):    # less, until the longest fits
-        pairs = [example(task, random.Random(name), fitting) for name in seeds.values()]
+    for shots in range(TASKS[task].shots, -1, -1) if shots is None else [shots]:
+        pairs = [example(task, random.Random(name), shots) for name in seeds.values()]
         tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
         if tokens.shape[1] < context:
-            return tokens, targets, fitting
-    raise TooLong(f"a question of {task} is longer than the context of {context}")
+            return tokens, targets, shots
+    raise TooLong(f"a question of {task} after {shots} examples is longer than the context of {context}")
 
 
 def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):
@@ -512,11 +512,9 @@ def measure(args, model, checkpoint):
         except TooLong as error:        # the others' table counts
             tqdm.write(f"{error}: left out")
             continue
-        if not curve:
-            yield table, where, task, score
-        elif score.get("shots", examples) == examples:      # else so many do not fit the context
-            by = "fine-tuning examples" if args.finetune else "shots"
-            yield f"{task}: accuracy by number of {by}", where, str(examples), score
+        by = "fine-tuning examples" if args.finetune else "shots"
+        title, column = (f"{task}: accuracy by number of {by}", str(examples)) if curve else (table, task)
+        yield title, where, column, score
 
 
 def label_of(name, checkpoint):

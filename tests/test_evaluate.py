@@ -143,10 +143,11 @@ def test_shots_are_not_the_question_and_never_held_out():
 
 
 def test_as_many_shots_as_fit(tokenizer):
-    tokens, _, shots = E.encode_examples("assign-0", tokenizer, 100, 20, shots=5)
+    tokens, _, shots = E.encode_examples("assign-0", tokenizer, 100, 20)
     assert 0 < shots < 5 and tokens.shape[1] <= 100 and len(set(map(tuple, tokens.tolist()))) == 20
-    with pytest.raises(ValueError, match="context"):
-        E.encode_examples("assign-0", tokenizer, 12, 20)
+    for context, shots in ((12, None), (100, 5)):       # as many as are asked for, or none
+        with pytest.raises(E.TooLong, match="context"):
+            E.encode_examples("assign-0", tokenizer, context, 20, shots)
 
 # -----------------------------------------------------------------------------
 # scoring
@@ -345,7 +346,7 @@ def test_a_task_that_does_not_fit_the_context_is_left_out(tokenizer, capsys):
                               finetune=None)
     model, checkpoint = tiny_model(vocab_size=tokenizer.n_vocab, context=48), {"tokenizer": E.TOKENIZER}
     assert [table.split(":")[0] for table, *_ in E.measure(args, model, checkpoint)] == ["hops-0"]
-    assert "hops-6 is longer than the context of 48: left out" in capsys.readouterr().out
+    assert "hops-6 after 0 examples is longer than the context of 48: left out" in capsys.readouterr().out
 
 
 def test_curves_of_the_logs(trained, tmp_path):
