@@ -380,12 +380,12 @@ def encode_examples(task, tokenizer, context, n, shots=None, seed=0):
         seeds.setdefault(example(task, random.Random(name))[0], name)
         if len(seeds) == n:
             break
-    for shots in range(TASKS[task].shots, -1, -1) if shots is None else [shots]:
-        pairs = [example(task, random.Random(name), shots) for name in seeds.values()]
+    for number in range(TASKS[task].shots, -1, -1) if shots is None else [shots]:
+        pairs = [example(task, random.Random(name), number) for name in seeds.values()]
         tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
         if tokens.shape[1] < context:
-            return tokens, targets, shots
-    raise TooLong(f"a question of {task} after {shots} examples is longer than the context of {context}")
+            return tokens, targets, number
+    raise TooLong(f"a question of {task} after {number} examples is longer than the context of {context}")
 
 
 def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):

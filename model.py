@@ -210,14 +210,14 @@ class GPT(nn.Module):
         -> all tokens. temperature 0 is greedy."""
         B, T = tokens.shape
         cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
-        seen, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
+        done = torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
+        for step in range(max_new_tokens):
             if tokens.shape[1] > self.config.context:
-                cache, seen = None, 0       # the window moves, and with it the position of every stored key
+                cache = None        # the window moves, and with it the position of every stored key
+            seen = tokens.shape[1] - 1 if step and cache is not None else 0         # all but the newest token
             # 1. logits of the last position
             x = self.hidden(tokens[:, -self.config.context:], path, cache, seen)    # (B, T - seen, n_embd)
             logits = self.head(x[:, -1]).float()                                    # (B, vocab_size)
-            seen = 0 if cache is None else tokens.shape[1]
             # 2. the next token
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]        # (B, 1), the k-th largest
