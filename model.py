@@ -140,12 +140,12 @@ class GPT(nn.Module):
         self.loss = nn.CrossEntropyLoss(ignore_index=-1)    # a module, so that it can be compiled as a layer is
         if config.tied:
             self.head.weight = self.embed.weight    # one matrix for both, as in SmolLM
-        self.init_weights()
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         freqs = torch.as_tensor(config.rope_freqs or config.rope_theta ** -exponents)   # (head_dim / 2,)
         angles = torch.outer(torch.arange(config.context).float(), freqs)   # (context, head_dim / 2)
         self.register_buffer("cos", angles.cos(), persistent=False)     # (context, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -160,6 +160,11 @@ class GPT(nn.Module):
         # Not in Llama: one random vector is added to all embeddings. With it, rotary attention without biases can find
         # "the previous position", whatever its token is. With tied weights it shifts all logits alike.
         self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
+        # Nor is this: layer 0's keys begin as its queries, turned by one position, so that attention begins at the token
+        # before. Looking up needs that; without it, one seed in fifteen never found it (RESULTS.md).
+        attn = self.layers[0].attn
+        q = attn.q.weight.view(attn.n_kv_head, -1, attn.head_dim, self.config.n_embd)[:, 0]    # a head of each group
+        attn.k.weight.copy_(apply_rope(q.mT, self.cos[1:2], self.sin[1:2]).mT.flatten(0, 1))
 
     def rope_and_mask(self, tokens, seen=0):
         """tokens (B, T) -> of the positions after the first `seen`: rotary cos and sin (T - seen, head_dim / 2), and a
