@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import some_tokens, tiny_model
 
 from evaluate import PIECES
-from model import (GPT, GPTConfig, Tokenizer, complete, estimate_loss, get_tokenizer, load_checkpoint,
+from model import (GPT, GPTConfig, Tokenizer, apply_rope, complete, estimate_loss, get_tokenizer, load_checkpoint,
                    save_checkpoint)
 
 PATHS = {"plain": None, "looped": [0, 1, 2, 3, 2, 3, 4, 5], "skipped": [0, 1, 2, 3, 5],
@@ -102,6 +102,16 @@ def test_nothing_in_a_layer_depends_on_the_depth():
         stds = [model.layers[1].get_submodule(name).weight.std().item() for model in (deep, shallow)]
         assert abs(stds[0] / stds[1] - 1) < 0.1
     assert not list(deep.layers[0].named_buffers())
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_attention_of_layer_0_begins_at_the_token_before(n_kv_head):
+    """Of equal tokens, where only the place tells them apart. Turned the other way, it would be the token after."""
+    model, x = GPT(GPTConfig(61, 2, 4, n_kv_head, 64, 64, 16)), torch.randn(64).expand(16, 64)
+    attn = model.layers[0].attn
+    q, k = (part(x).view(16, -1, 16).transpose(0, 1) for part in (attn.q, attn.k))      # (heads, T, head_dim)
+    q, k = (apply_rope(part, model.cos, model.sin) for part in (q[::4 // n_kv_head], k))    # a head of each group
+    assert ((q @ k.mT).argmax(-1)[:, 1:] == torch.arange(15)).all()
 
 
 def test_words_are_one_token_each_whatever_space_stands_around_them():
