@@ -436,7 +436,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
         tuned, rng = copy.deepcopy(model), random.Random(f"fine-tuning {draw} {task}")
         pairs = [example(task, rng, heldout=False) for _ in range(n_train)]
         tokens, targets = (x.to(model.embed.weight.device) for x in encode_pairs(pairs, tokenizer))     # (n_train, T)
-        tests = encode_examples(task, tokenizer, model.config.context, n_test, 0, draw)[:2]             # (n_test, T)
+        tests = encode_examples(task, tokenizer, model.config.context, n_test, shots=0, seed=draw)[:2]  # (n_test, T)
         # a fresh optimizer: the run's own moments are of other text
         optimizer, scores = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.0), []
         for step in range(1, steps + 1):
@@ -490,6 +490,7 @@ def measure(args, model, checkpoint):
     "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
     paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
     table, curve = "along paths" if len(paths) > 1 else "tasks", args.finetune or args.shots
+    by = "fine-tuning examples" if args.finetune else "shots"
     # 1. FLOPs, a share of a plain model's, and losses
     heldout = {} if curve or args.questions else checkpoint["heldout"]
     if heldout and table == "tasks" and checkpoint.get("log"):
@@ -512,7 +513,6 @@ def measure(args, model, checkpoint):
         except TooLong as error:        # the others' table counts
             tqdm.write(f"{error}: left out")
             continue
-        by = "fine-tuning examples" if args.finetune else "shots"
         title, column = (f"{task}: accuracy by number of {by}", str(examples)) if curve else (table, task)
         yield title, where, column, score
 

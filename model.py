@@ -142,7 +142,8 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight    # one matrix for both, as in SmolLM
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         freqs = torch.as_tensor(config.rope_freqs or config.rope_theta ** -exponents)   # (head_dim / 2,)
-        angles = torch.outer(torch.arange(config.context).float(), freqs)   # (context, head_dim / 2)
+        # two positions at least: init_weights turns by one
+        angles = torch.outer(torch.arange(max(2, config.context)).float(), freqs)   # (context, head_dim / 2)
         self.register_buffer("cos", angles.cos(), persistent=False)     # (context, head_dim / 2)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
@@ -160,8 +161,8 @@ class GPT(nn.Module):
         # Not in Llama: one random vector is added to all embeddings. With it, rotary attention without biases can find
         # "the previous position", whatever its token is. With tied weights it shifts all logits alike.
         self.embed.weight += 2 * std * torch.randn(self.config.n_embd)
-        # Nor is this: layer 0's keys begin as its queries, turned by one position, so that attention begins at the token
-        # before. Looking up needs that; without it, one seed in fifteen never found it (RESULTS.md).
+        # Nor is this: layer 0's keys begin as its queries, turned by one position, so that attention begins at the
+        # token before. Looking up needs that; without it, one seed in fifteen never found it (RESULTS.md).
         attn = self.layers[0].attn
         q = attn.q.weight.view(attn.n_kv_head, -1, attn.head_dim, self.config.n_embd)[:, 0]    # a head of each group
         attn.k.weight.copy_(apply_rope(q.mT, self.cos[1:2], self.sin[1:2]).mT.flatten(0, 1))

@@ -432,9 +432,10 @@ def train(args, model, optimizers, make, start, run):
         loss.backward()
         # 3. the update, at the learning rate of this step
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = learning_rate(args, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * learning_rate(args, step)        # share: see make_optimizers
+                group["lr"] = group["share"] * rate         # share: see make_optimizers
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())            # stays on the device: the loop waits for it at the log lines only

@@ -112,6 +112,7 @@ def test_attention_of_layer_0_begins_at_the_token_before(n_kv_head):
     q, k = (part(x).view(16, -1, 16).transpose(0, 1) for part in (attn.q, attn.k))      # (heads, T, head_dim)
     q, k = (apply_rope(part, model.cos, model.sin) for part in (q[::4 // n_kv_head], k))    # a head of each group
     assert ((q @ k.mT).argmax(-1)[:, 1:] == torch.arange(15)).all()
+    GPT(GPTConfig(61, 2, 4, n_kv_head, 64, 64, context=1))      # where there is no token before
 
 
 def test_words_are_one_token_each_whatever_space_stands_around_them():
