@@ -222,7 +222,7 @@ TASKS = {
     "preschool": Task(partial(preschool, calculation=False), 1 / 17, 5),
     "preschool-calc": Task(partial(preschool, calculation=True), 1 / 17, 5),
     "rule": Task(rule, 1 / 4, 12), "closed-book": Task(closed_book, 1 / 12),
-    "open-book": Task(open_book, 1 / 4), "word-problem": Task(word_problem, 1 / 10)}
+    "open-book": Task(open_book, 1 / 4), "word-problem": Task(word_problem, 1 / 12)}
 HOPS = [f"hops-{hops}" for hops in range(5)]        # what the log of a run shows
 
 
@@ -341,7 +341,7 @@ def encode_files(files, tokenizer, field=None):
             yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)))
 
 
-def rows_of(file, tokenizer, context, n):
+def token_rows(file, tokenizer, context, n):
     """The first n rows (n, T + 1), T at most 256, of a file of text, for a held-out loss."""
     width = min(context, 256) + 1       # of the last token only the prediction counts
     tokens = itertools.chain.from_iterable(encode_files([file], tokenizer))
@@ -383,7 +383,7 @@ def encode_examples(task, tokenizer, context, n, shots=None, seed=0):
     for number in range(TASKS[task].shots, -1, -1) if shots is None else [shots]:
         pairs = [example(task, random.Random(name), number) for name in seeds.values()]
         tokens, targets = encode_pairs(pairs, tokenizer)        # (n, T)
-        if tokens.shape[1] < context:
+        if tokens.shape[1] <= context:
             return tokens, targets, number
     raise TooLong(f"a question of {task} after {number} examples is longer than the context of {context}")
 
@@ -407,7 +407,7 @@ def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):
 def examples_of(args, tokenizer, context):
     """What a scan (loop.py) asks: --data, --questions or --task -> tokens, targets (n, T)"""
     if args.data:
-        rows = rows_of(args.data, tokenizer, context, args.n)
+        rows = token_rows(args.data, tokenizer, context, args.n)
         return rows[:, :-1], rows[:, 1:]        # every token is predicted
     if args.questions:
         return encode_pairs(read_questions(args.questions, tokenizer, context, args.n), tokenizer)
@@ -447,7 +447,7 @@ def finetune(model, tokenizer, task, n_train, n_test=200, lr=1e-3, steps=100):
             if step > steps * 2 // 3 and (steps - step) % 6 == 0:       # six tests in 100 steps
                 scores.append(score_rows(tuned, *tests)[1].float().mean().item())
         values.append(statistics.mean(scores))
-    return {"value": statistics.mean(values), "se": statistics.stdev(values) / 3 ** 0.5, "n": n_test,
+    return {"value": statistics.mean(values), "se": statistics.stdev(values) / 3 ** 0.5, "n": len(tests[0]),
             "chance": TASKS[task].chance}
 
 
@@ -485,7 +485,7 @@ def curves(args, model, checkpoint):
                     "value": row[column], "x": row["flops_share"], "depth": row["depth"]}
 
 
-def measure(args, model, checkpoint):
+def measure_tasks(args, model, checkpoint):
     """What was asked for, of one model: yields table, path as it is written, column, score, such as
     "along paths", "3-2x2-3", "hops-2", {"value": 0.83, "se": 0.03, "n": 200}."""
     paths = {"": None} | paths_of(args, model.config)       # the first is the model's own
@@ -539,7 +539,7 @@ def rows_of_models(args, measure):
         if (other := seen.setdefault((label, seed), name)) != name:     # they would be one line
             raise ValueError(f"{other} and {name} have one name and one seed: rename a folder")
         if args.data:           # in place of the model's own held-out text
-            text = rows_of(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
+            text = token_rows(args.data, get_tokenizer(checkpoint["tokenizer"]), model.config.context, 64)
             checkpoint["heldout"] = {os.path.basename(args.data): text}
         measured = tqdm(measure(args, model, checkpoint), desc=name, unit=" rows", leave=False, disable=None)
         for table, where, column, score in measured:
@@ -595,13 +595,13 @@ def cell(rows, seeds):
     if paired:      # there are at least two
         student = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # t of a 95% interval, of 2 to 10 seeds
         spread *= student[min(n - 2, 8)] / n ** 0.5
-    digits = 4 if "se" in rows[0] and "chance" not in rows[0] else 3        # a block's gain in loss is small
+    digits = 4 if "se" in rows[0] and "chance" not in rows[0] else 3        # a scan's gains are small
     text = f"{mean:+.{digits}f}" if paired else f"{mean:.{digits}f}"
     return text + ("" if spread is None else f"±{spread:.{digits}f}") + (f" ({n})" if n < seeds else "")
 
 
 def print_tables(rows):
-    """A line per model, a column per measurement, or the other way round where there are more of these."""
+    """A line per model, a column per measurement; the other way round where these are more than eight."""
     for table, cells, names, columns in tables_of(rows):
         lines = [["", "seeds", *columns]]       # texts, the heading first
         for name in names:
@@ -616,7 +616,7 @@ def print_tables(rows):
                 texts.append("-".join(f"{round(x, 2):g}" for x in ends))
             if any(texts):
                 lines.append([key, "", *texts])
-        lines = [*zip(*lines)] if len(columns) > 8 else lines       # the longer side goes down
+        lines = [*zip(*lines)] if len(columns) > 8 else lines       # more would be too wide
         # as wide as the longest text of each column, the first one to the left
         first, *widths = [max(map(len, texts)) for texts in zip(*lines)]
         print(f"\n{table}")
@@ -697,7 +697,7 @@ def main():
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     # 1. the rows
-    rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure)
+    rows = read_rows(args.table) if args.table else rows_of_models(args, curves if args.curves else measure_tasks)
     rows = [row for row in rows if re.search(args.only, f"{row['table']}: {row['model']}")]
     if args.compare:
         rows = [row for row in rows if row["model"] in args.compare]

@@ -57,7 +57,7 @@ METHODS = {"stack": stack, "midas": midas, "lidas": lidas}
 def grow(model, path=None):
     """An independent model with a layer for each visit of the path (its own for None), a copy of layer path[visit]: now
     grow(model, path)(tokens) == model(tokens, path=path), bit for bit (with dropout: in eval mode). Give it the bare
-    model, not DDP around it; compile and wrap what it returns (train.prepare)."""
+    model, without DDP or torch.compile around it; compile and wrap what it returns (train.prepare)."""
     path = model.config.resolve_path(path)
     grown = copy.deepcopy(model)        # with the embedding and a head that is tied to it
     grown.layers = nn.ModuleList(copy.deepcopy(model.layers[index]) for index in path)
@@ -65,7 +65,7 @@ def grow(model, path=None):
     return grown
 
 
-def grow_optimizer(optimizer, new_optimizer, model, grown, path):
+def grow_optimizer(optimizer, new_optimizer, model, grown, path=None):
     """Gives new_optimizer, a fresh one of `grown`, the moments and step counts of that of `model`, along grow's path.
     Each may be a list (Muon beside AdamW). Learning rates and schedulers are not copied: set the rate in every step."""
     old, new = ([x] if isinstance(x, torch.optim.Optimizer) else x for x in (optimizer, new_optimizer))
@@ -76,7 +76,7 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path):
             missing = [name for name, p in owner.named_parameters() if p not in held]
             raise ValueError(f"the optimizer does not hold exactly the model's parameters; missing: {missing[:1]}")
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
-    assert sources.keys() == targets.keys(), "parameter_sources does not name the grown model's parameters"
+    assert sources.keys() == targets.keys(), f"parameters of one only: {sources.keys() ^ targets.keys()}"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
     state = {p: moments for part in old for p, moments in part.state.items()}
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}
@@ -115,7 +115,7 @@ def depth_schedule(total, depth, block, alpha=0.0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
-    parser.add_argument("--method", choices=METHODS, help="growth operator (default: lidas, without --loop or --path)")
+    parser.add_argument("--method", choices=METHODS, help="growth operator (default: a loop's own path, else lidas)")
     parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
     add_path_options(parser)
     parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face")

@@ -134,7 +134,7 @@ def show_scan(model, checkpoint, args):
             evaluate.append_rows(args.results, [gains[loop, column]])       # at once: the scan may be stopped
     # 3. the best by the first half; for a table over the seeds, the plain model and what its best block gains
     best = sorted(blocks, key=lambda loop: -gains[loop, "chosen"]["value"])[:10]
-    score = plain_loss if args.data else plain_right.float()        # (n,)
+    score = (plain_loss if args.data else plain_right.float())[1::2]    # of the reported half
     row |= {"table": f"scan: the best block visited {args.visits} times", "column": what}
     gain = {name: gains[best[0], "reported"][name] for name in ("value", "se", "loop")}
     summary = [{**row, "model": label, "value": score.mean().item()}, {**row, "model": f"{label} gain", **gain}]
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
     parser.add_argument("--length", type=positive_int, default=48, help="tokens to write (default: 48)")
     # the scan
-    parser.add_argument("--scan", action="store_true", help="visit every block once more: which one helps?")
+    parser.add_argument("--scan", action="store_true", help="visit every block again: the ten best of them")
     parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
     parser.add_argument("--task", default="hops-2", choices=evaluate.TASKS, help="what it asks (default: hops-2)")
     parser.add_argument("--data", metavar="FILE", help="in place of a task: text, scored by its loss")
@@ -196,8 +196,8 @@ def main():
                 paths[write_loop(n_layer, start, block, visits)] = path
     for name, path in paths.items():
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}")
-        for stream, rows in checkpoint["heldout"].items():      # a Hugging Face model has none
-            print(f"held-out loss, {stream}: {estimate_loss(model, rows, path):.4f}")
+        for kind, rows in checkpoint["heldout"].items():        # a Hugging Face model has none
+            print(f"held-out loss, {kind}: {estimate_loss(model, rows, path):.4f}")
         print(f"{args.prompt}|{complete(model, tokenizer, args.prompt, args.length, path)}")
 
 

@@ -289,10 +289,10 @@ class GPT(nn.Module):
         for name, content in (self.config.hf_files or {}).items():
             pathlib.Path(folder, name).write_bytes(content)
 
-    def parameter_sources(self, path):
+    def parameter_sources(self, path=None):
         """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
         sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
-        for visit, index in enumerate(path):
+        for visit, index in enumerate(self.config.resolve_path(path)):
             for name, p in self.layers[index].named_parameters():
                 sources[f"layers.{visit}.{name}"] = p       # layer path[visit] has become layer `visit`
         return sources
@@ -477,6 +477,7 @@ def read_options(parser, excludes={}, requires={}):
     """-> args, and the names that were given. excludes: {name: names that mean nothing beside it}, requires: {name:
     names that mean nothing without it}. Raises ValueError for what would be ignored."""
     # argparse does not tell a default that was typed from one that was not: parse once more, and see what stays `unset`
+    # (a list, which action="extend" copies)
     args, unset = parser.parse_args(), []
     marked = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}

@@ -144,9 +144,9 @@ def period_share(curve, block):
     x = curve[block:-block].double()    # without the first and the last block, which are large in any model
     groups = [x[i::block] for i in range(block)]
     # sum of squares between the groups over all of it, as in a one-way analysis of variance
-    between = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)
+    explained = sum(len(group) * (group.mean() - x.mean()) ** 2 for group in groups)
     total = ((x - x.mean()) ** 2).sum().clamp(min=1e-30)
-    return (between / total).item(), (block - 1) / (len(x) - 1)
+    return (explained / total).item(), (block - 1) / (len(x) - 1)
 
 
 def convergence(curve, other):

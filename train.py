@@ -88,6 +88,7 @@ def make_batch(streams, args, rank, world_size, step):
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 # --- the schedule, and what it costs: functions of the step alone ---------------------------------
+# read_args sets args.constant, the steps before the cooldown, and args.stages, [(first step, depth), ...]
 
 def learning_rate(args, step):
     """Warm-up, constant, then linearly to zero in the cooldown (SmolLM's trapezoid)."""
@@ -96,12 +97,12 @@ def learning_rate(args, step):
     return args.lr * min(up, down)
 
 
-def training_flops(model, rows, context, depth):
-    """Floating point operations to train on rows of `context` tokens; a backward pass counts as two forward passes, a
+def training_flops(model, n_rows, context, depth):
+    """Floating point operations to train on n_rows of `context` tokens; a backward pass counts as two forward passes, a
     layer once per visit. Forward: 2 per token and weight of a matrix product (not of the embedding's look-up)."""
     weights = sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)      # of a layer's matrices
     attention = 4 * model.config.n_embd * context // 2      # q k^T and its product with v, of half a row on average
-    return 3 * rows * context * (depth * (2 * weights + attention) + 2 * model.head.weight.numel())
+    return 3 * n_rows * context * (depth * (2 * weights + attention) + 2 * model.head.weight.numel())
 
 # --- the model and its optimizer ------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ def prepare(model, args):
 
 # --- arguments ------------------------------------------------------------------------------------
 
-QUESTIONS = 64      # of each number of hops, at a log line: a standard error of 6 points at most
+QUESTIONS = 64      # of each number of hops, at a log line: a standard error of about 6 points
 DEPTH = ("method", "layers", "block", "alpha")
 # an option: those that it decides already
 EXCLUDES = {"loop": ("path", *DEPTH), "path": DEPTH, "init": (*DEPTH, "width", "heads", "kv_heads")}
@@ -194,10 +195,10 @@ def make_parser():
     add("--alpha", type=between(0, 1000), default=0.0, help="PROP-alpha: above 0 later stages are longer (default: 0)")
     add_path_options(parser)
     add("--width", type=positive_int, default=64, help="of the residual stream (default: 64; CUDA: 384)")
-    add("--heads", type=positive_int, default=2, help="of attention, each at least 32 wide (default: 2; CUDA: 6)")
+    add("--heads", type=positive_int, default=2, help="of attention, best 32 wide or more (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
-    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA and --init: 512)")
-    # the schedule; --init of a model that is no run has other defaults
+    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA: 512)")
+    # the schedule; with --init of a run the defaults are that run's, without a warm-up
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows of all GPUs (default: 6; CUDA: 64; --init of no run: 8)")
     add("--lr", type=between(1e-12, 1000), default=3e-3, help="at its highest (default: 0.003; --init of no run: 1e-4)")
@@ -208,7 +209,7 @@ def make_parser():
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
     add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl, .bin (default: the built-in world)")
-    add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's)")
+    add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's, or none)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
     add("--encoding", help="a tiktoken name (default: gpt2 for files, the world's words without)")
@@ -233,16 +234,16 @@ def read_args():
     source = latest if args.resume else args.init
     if source and (not args.resume or os.path.exists(latest)):
         model, checkpoint = load_checkpoint(source)
-    run = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
+    stored = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
-        if not run:                         # a new run would hide a mistyped name
+        if not stored:                      # a new run would hide a mistyped name
             runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
             raise ValueError(f"there is no run in {args.out} (models: --init); runs: {', '.join(runs) or 'none'}")
         for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
-            if getattr(args, name) != run[name]:
-                raise ValueError(f"--{name.replace('_', '-')} was {run[name]} in that run and cannot change")
-        if "device" not in given and run["device"].split(":")[0] in ("cpu", pick_device()):
-            args.device = run["device"]         # else the best one here: a GPU's run goes on where there is none
+            if getattr(args, name) != stored[name]:
+                raise ValueError(f"--{name.replace('_', '-')} was {stored[name]} in that run and cannot change")
+        if "device" not in given and stored["device"].split(":")[0] in ("cpu", pick_device()):
+            args.device = stored["device"]      # else the best one here: a GPU's run goes on where there is none
     args.device = pick_device(args.device)      # auto: the best one here
     path = path_of(args, model.config if model else None)
     # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
@@ -258,8 +259,8 @@ def read_args():
         model.config.path = path or model.config.path
         values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
                       context=min(512, model.config.context), encoding=None)
-    values.update(run)                          # all of them, where the run is not empty
-    if run and not typed["resume"]:             # the steps of --init are counted on, without another warm-up
+    values.update(stored)                       # of a run all, also its depth, of which FLOPs are a share
+    if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
     # 3. what follows from them: the steps before the cooldown, and when the model has which depth

@@ -239,7 +239,7 @@ def test_token_files_and_text_give_the_same_tokens(kind, tokenizer, tmp_path):
     else:
         file = written(tmp_path / "a.bin", (header.tobytes() if kind == "llm.c" else b"") + tokens.tobytes())
     assert np.concatenate(list(E.encode_files([str(file)], tokenizer))).tolist() == tokens.tolist()
-    assert E.rows_of(str(file), tokenizer, 9, 3).flatten().tolist() == tokens[:30].tolist()
+    assert E.token_rows(str(file), tokenizer, 9, 3).flatten().tolist() == tokens[:30].tolist()
 
 
 def test_questions_of_a_file(trained, tmp_path, bytes_for_gpt2, capsys):
@@ -345,7 +345,7 @@ def test_a_task_that_does_not_fit_the_context_is_left_out(tokenizer, capsys):
     args = argparse.Namespace(tasks=["hops-6", "hops-0"], shots=[0], n=4, loop=[], path=[], questions=None,
                               finetune=None)
     model, checkpoint = tiny_model(vocab_size=tokenizer.n_vocab, context=48), {"tokenizer": E.TOKENIZER}
-    assert [table.split(":")[0] for table, *_ in E.measure(args, model, checkpoint)] == ["hops-0"]
+    assert [table.split(":")[0] for table, *_ in E.measure_tasks(args, model, checkpoint)] == ["hops-0"]
     assert "hops-6 after 0 examples is longer than the context of 48: left out" in capsys.readouterr().out
 
 
