@@ -32,8 +32,7 @@ def encoded(tokenizer, prompt, answer):
     tokens, targets = E.encode_pairs([(prompt, answer)], tokenizer)
     return tokens[0].tolist(), targets[0].tolist()
 
-# -----------------------------------------------------------------------------
-# the world
+# --- the world ------------------------------------------------------------------------------------
 
 PUBLISHED = {       # the formats of arXiv 2409.19044, with the answer after |
     "copy-random": r"Fill in blank:\n\n([a-z]{3} ){15}___\. ->\|[a-z]{3}",
@@ -149,8 +148,7 @@ def test_as_many_shots_as_fit(tokenizer):
         with pytest.raises(E.TooLong, match="context"):
             E.encode_examples("assign-0", tokenizer, context, 20, shots)
 
-# -----------------------------------------------------------------------------
-# scoring
+# --- scoring --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [None, [0, 1, 2, 3, 2, 3, 4, 5]])
@@ -197,8 +195,7 @@ def test_answers(prediction, reference, right):
     """The rule for predictions, the last number counts, was applied to the reference as well."""
     assert E.is_same(prediction, reference) == right
 
-# -----------------------------------------------------------------------------
-# files
+# --- files ----------------------------------------------------------------------------------------
 
 
 def jsonl(*items):
@@ -271,8 +268,7 @@ def test_a_question_that_the_model_goes_on_to_ask_is_not_scored(tokenizer, monke
     pairs = [("Question: 3 + 4 ?\nAnswer:", " 7"), ("Question: 3 + 4 ?\nAnswer:", " 9")]
     assert E.answer_questions(tiny_model(), tokenizer, pairs, 20).tolist() == [True, False]
 
-# -----------------------------------------------------------------------------
-# rows, tables, the command
+# --- rows, tables, the command --------------------------------------------------------------------
 
 ROWS = [{"table": "tasks", "model": model, "seed": seed, "column": column, "value": value, **more}
         for model, seed, values in (("baseline", 0, (2.0, 1.0, 0.30)), ("baseline", 1, (2.2, 1.0, 0.50)),

@@ -68,6 +68,9 @@ def test_untying_a_looped_model_sums_up_its_gradients():
         model(tokens, tokens)[1].backward()
     visits = [untied.layers[v].mlp.proj.weight.grad for v in (1, 3)]
     torch.testing.assert_close(looped.layers[1].mlp.proj.weight.grad, visits[0] + visits[1], atol=1e-6, rtol=1e-4)
+    optimizer = adamw(looped)
+    optimizer.step()            # and its optimizer goes along, without a path to name
+    assert len(moments_of(grow_optimizer(optimizer, adamw(untied), looped, untied))) == len(list(untied.parameters()))
 
 
 def test_no_storage_is_shared():
@@ -97,9 +100,7 @@ def test_moments_follow_the_path(make):
     assert all(same(before[source], after[copied]) for source, copied in pairs)
     tensors = [x for moments in (*after.values(), *moments_of(optimizer).values()) for x in moments.values()]
     assert len(pointers(tensors)) == len(tensors)
-    for part in parts(new):
-        weights = {p: p.clone() for group in part.param_groups for p in group["params"]}
-        assert part.state.keys() == weights.keys()
+    assert all(part.state.keys() == {p for group in part.param_groups for p in group["params"]} for part in parts(new))
     before = {name: p.clone() for name, p in grown.named_parameters()}
     train(grown, new)
     assert not any(torch.equal(p, before[name]) for name, p in grown.named_parameters())

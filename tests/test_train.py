@@ -43,8 +43,7 @@ def fork(*command):
             os._exit(0)
     return child
 
-# -----------------------------------------------------------------------------
-# the schedule and the batches
+# --- the schedule and the batches -----------------------------------------------------------------
 
 
 def arguments(**changes):
@@ -86,8 +85,7 @@ def test_math_comes_in_the_cooldown_only_and_no_row_comes_twice():
     assert 0.4 < (numbers[80:] >= 10 ** 6).float().mean() < 0.6 and numbers[80:].max() < 10 ** 6 + 20 * 8
     assert max(batch(step, math_share=0.0).max() for step in range(80, 100)) < 10 ** 6
 
-# -----------------------------------------------------------------------------
-# runs
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_a_run_grows_and_says_what_it_did(trained):
@@ -197,8 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     refused("not finite", "train.py", *TINY_RUN, "--lr", 999, "--weight-decay", 999, "--out", tmp_path)
     assert torch.isfinite(run_of(tmp_path)["model"]["embed.weight"]).all()
 
-# -----------------------------------------------------------------------------
-# compiled layers
+# --- compiled layers ------------------------------------------------------------------------------
 
 
 ON = arguments(compile="on", device="cpu")
@@ -241,8 +238,7 @@ def test_hooks_fire_in_training_and_evaluation_also_when_layers_are_compiled(mon
     run.report(model, 0)
     assert len(calls) == 19
 
-# -----------------------------------------------------------------------------
-# training on
+# --- training on ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,8 +359,7 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
         refused(message, "train.py", "--init", trained / "stable.pt", *options, "--device", "cpu", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
-# -----------------------------------------------------------------------------
-# files
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_held_out_documents_of_files_are_the_last_ones_and_not_trained_on(on_text):
@@ -393,8 +388,7 @@ def test_the_tokens_of_a_start_that_failed_are_not_those_of_the_next(bytes_for_g
     works("train.py", *TINY_RUN, "--steps", 10, "--evals", 1, "--data", other, "--out", tmp_path / "run")
     assert (run_of(tmp_path / "run")["heldout"]["general"] == ord("b")).all()
 
-# -----------------------------------------------------------------------------
-# bad input
+# --- bad input ------------------------------------------------------------------------------------
 
 UINT32 = np.arange(9999, dtype=np.uint32) % 200
 BAD_FILES = {       # name: content, what is said
