@@ -76,7 +76,7 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path=None):
             missing = [name for name, p in owner.named_parameters() if p not in held]
             raise ValueError(f"the optimizer does not hold exactly the model's parameters; missing: {missing[:1]}")
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
-    assert sources.keys() == targets.keys(), f"parameters of one only: {sources.keys() ^ targets.keys()}"
+    assert sources.keys() == targets.keys(), f"a parameter of one model only: {min(sources.keys() ^ targets.keys())}"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
     state = {p: moments for part in old for p, moments in part.state.items()}
     holder = {p: part for part in new for group in part.param_groups for p in group["params"]}

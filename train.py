@@ -197,7 +197,7 @@ def make_parser():
     add("--width", type=positive_int, default=64, help="of the residual stream (default: 64; CUDA: 384)")
     add("--heads", type=positive_int, default=2, help="of attention, best 32 wide or more (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
-    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA: 512)")
+    add("--context", type=positive_int, default=192, help="tokens in a row (default: 192; CUDA, --init of no run: 512)")
     # the schedule; with --init of a run the defaults are that run's, without a warm-up
     add("--steps", type=positive_int, default=3900, help="default: 3900; CUDA: 2000; --init of no run: 500")
     add("--batch", type=positive_int, default=6, help="rows of all GPUs (default: 6; CUDA: 64; --init of no run: 8)")
