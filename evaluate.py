@@ -10,11 +10,10 @@ The built-in world: reasoning tasks, and the training text made of them. And the
     python evaluate.py --table assets/results.jsonl --only tasks --compare lidas baseline   # a difference, its interval
 
 A *family* makes puzzles: a body and questions on it. Training text asks all of them, a task asks one. Each family's
-docstring begins with a puzzle; `/` is a line break, and the answer stands after `|`, which is not a token. Copying,
+docstring begins with a puzzle; ` / ` is a line break, and the answer stands after `|`, which is not a token. Copying,
 assignment and preschool are the reasoning primitives of MIDAS (arXiv 2409.19044), in their published formats, which
 training text never has.
 """
-import argparse
 import copy
 import gzip
 import itertools
@@ -34,8 +33,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from loop import add_path_options, paths_of
-from model import (between, check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
+from loop import command_parser, paths_of
+from model import (between, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_rows)
 
 # --- the words and the facts of the world ---------------------------------------------------------
@@ -104,9 +103,12 @@ def lists(rng):
 
 
 def rule(rng, lines=16):
-    """zor mip / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
+    """zor mip kel uni / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
     kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
-    words = rng.sample([f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
+    words = [f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]]
+    if lines > len(words):
+        raise TooLong(f"{lines} lines of a rule that is about {len(words)} words")
+    words = rng.sample(words, lines)
     return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
@@ -141,7 +143,7 @@ def arithmetic(rng):
 
 
 def sums(rng):
-    """k= 1 / j= 8 / k + j =| 9 / j - k =| 7     arithmetic on variables"""
+    """k=1 / j=8 / k + j =| 9 / j - k =| 7     arithmetic on variables"""
     a, b = rng.sample(NAMES, 2)
     x, y = rng.randint(1, 9), rng.randint(1, 9)
     return (f"{a}={x}\n{b}={y}\n",
@@ -353,7 +355,7 @@ def token_rows(file, tokenizer, context, n):
 # --- questions and their scores -------------------------------------------------------------------
 
 class TooLong(ValueError):
-    """The questions do not fit the context."""
+    """More examples than the context, or the puzzle, has room for."""
 
 
 def encode_pairs(pairs, tokenizer):
@@ -469,8 +471,7 @@ def answer_questions(model, tokenizer, questions, length, path=None):
     """Whether the greedy continuation of each prompt gives its answer -> (n,) bool"""
     right = []
     for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
-        room = model.config.context - 1 - len(tokenizer.encode(prompt))     # for the answer, after eot and the prompt
-        text = complete(model, tokenizer, prompt, min(length, room), path)
+        text = complete(model, tokenizer, prompt, length, path)
         right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))    # it may ask on by itself
     return torch.tensor(right)
 
@@ -593,9 +594,9 @@ def cell(rows, seeds):
     mean = statistics.mean(row["value"] for row in rows)
     spread = statistics.stdev(row["value"] for row in rows) if n > 1 else rows[0].get("se")
     if paired:      # there are at least two
-        student = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # t of a 95% interval, of 2 to 10 seeds
+        student = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # t of 95%, of 2 to 10 seeds and more
         spread *= student[min(n - 2, 8)] / n ** 0.5
-    digits = 4 if "se" in rows[0] and "chance" not in rows[0] else 3        # a scan's gains are small
+    digits = 4 if "loop" in rows[0] else 3      # a scan's gains are small
     text = f"{mean:+.{digits}f}" if paired else f"{mean:.{digits}f}"
     return text + ("" if spread is None else f"±{spread:.{digits}f}") + (f" ({n})" if n < seeds else "")
 
@@ -633,23 +634,20 @@ def plot_lines(file, rows, xlabel, ylabels):
         raise ValueError("there is nothing to draw: no rows of these models are of " + ", ".join(ylabels))
     _, cells, names, columns = tables[0]
     lines = {}      # {model: [model step 0, model step 390, ...]}
-    for name in names:
-        lines.setdefault(re.sub(" (step|visit) .*", "", name), []).append(name)
+    for point in names:
+        lines.setdefault(re.sub(" (step|visit) .*", "", point), []).append(point)
     figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
     for axis, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        for i, (line, names) in enumerate(lines.items()):
-            # of each step or visit a row per seed; where a seed lacks one, it is left out
-            found = [list(cells[name, column].values()) for name in names]
-            seeds = max(map(len, found))
-            found = [some for some in found if some and len(some) == seeds]
-            at = [statistics.mean(row["x"] for row in some) for some in found]
-            values = [[row["value"] for row in some] for some in found]
+        for i, (line, points) in enumerate(lines.items()):
+            # of each step or visit a row per seed; where a seed lacks one, it is left out. x, y (points, seeds)
+            found = [list(cells[point, column].values()) for point in points]
+            found = [some for some in found if len(some) == max(map(len, found))]
+            x, y = (np.array([[row[key] for row in some] for some in found]) for key in ("x", "value"))
             # the model grows where the next line of the log is of a deeper one
-            depths = [some[0].get("depth") for some in found]
-            grows = [p for p in range(len(depths) - 1) if depths[p] != depths[p + 1]]
-            axis.plot(at, list(map(statistics.mean, values)), color=f"C{i}", label=line,
-                      marker="o" if grows else "", markevery=grows, ms=4)
-            axis.fill_between(at, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15, lw=0)
+            grows = np.flatnonzero(np.diff([some[0].get("depth", 0) for some in found]))
+            axis.plot(x.mean(1), y.mean(1), color=f"C{i}", label=line,
+                      marker="o" if len(grows) else "", markevery=grows, ms=4)
+            axis.fill_between(x.mean(1), y.min(1), y.max(1), color=f"C{i}", alpha=0.15, lw=0)
         if column in TASKS:
             axis.axhline(TASKS[column].chance, color="grey", linewidth=0.7, linestyle=":")      # a guess
             axis.set_ylim(0, 1.02)
@@ -665,9 +663,8 @@ CONFLICTS = {   # an option: those that would mean nothing beside it
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("models", nargs="*", help="checkpoints (.pt), or Hugging Face names or directories")
-    add_path_options(parser)
     # what to measure
     parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; if none: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
@@ -685,7 +682,6 @@ def main():
                         help="lines 1 - 2 of a table, or (1 - 2) - (3 - 4), with ± half of the 95%% interval")
     parser.add_argument("--plot", metavar="FILE.png", help="a figure of --curves, or of their rows in --table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines in place of tables")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     args, _ = read_options(parser, CONFLICTS, requires={"questions": ("length",), "table": ("only",)})
     if bool(args.models) == bool(args.table):
         raise ValueError("name models to evaluate, or a file of rows with --table")
@@ -693,7 +689,6 @@ def main():
         raise ValueError("--plot goes with --curves, or with their rows in --table")
     if args.compare and len(args.compare) not in (2, 4):
         raise ValueError("--compare takes two lines, or four")
-    check_outputs(rows=args.results, plot=args.plot)
     args.n = args.n or (None if args.questions else 200)
     args.tasks = list(TASKS) if args.tasks is None else args.tasks
     # 1. the rows

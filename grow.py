@@ -12,7 +12,6 @@ steps. Four layers in blocks of two, the copy between bars (with an odd number o
     python train.py --init deeper.pt                                        # trains on
     python grow.py HuggingFaceTB/SmolLM2-135M --path 0-23,6-29 --out deeper --dtype bfloat16    # for Hugging Face
 """
-import argparse
 import copy
 import dataclasses
 from collections import Counter
@@ -20,9 +19,9 @@ from collections import Counter
 import torch
 import torch.nn as nn
 
-from loop import add_path_options, loop_path, path_of
-from model import (check_outputs, estimate_loss, load_checkpoint, positive_int, read_options, run_script,
-                   save_checkpoint)
+from loop import command_parser, loop_path, path_of
+from model import (check_outputs, estimate_loss, load_checkpoint, pick_device, positive_int, read_options,
+                   run_script, save_checkpoint)
 
 # --- growth operators: stored layers, layers per block -> path ------------------------------------
 
@@ -73,8 +72,8 @@ def grow_optimizer(optimizer, new_optimizer, model, grown, path=None):
     for optimizers, owner in ((old, model), (new, grown)):
         held = Counter(p for part in optimizers for group in part.param_groups for p in group["params"])
         if held != Counter(owner.parameters()):             # each of them once, and no others
-            missing = [name for name, p in owner.named_parameters() if p not in held]
-            raise ValueError(f"the optimizer does not hold exactly the model's parameters; missing: {missing[:1]}")
+            wrong = [name for name, p in owner.named_parameters() if held[p] != 1] or ["one that is not the model's"]
+            raise ValueError(f"the optimizer does not hold exactly the model's parameters, each once: {wrong[0]}")
     targets, sources = dict(grown.named_parameters()), model.parameter_sources(path)
     assert sources.keys() == targets.keys(), f"a parameter of one model only: {min(sources.keys() ^ targets.keys())}"
     # 2. the moments of each old parameter, and the optimizer that holds each new one
@@ -113,18 +112,17 @@ def depth_schedule(total, depth, block, alpha=0.0):
 # --- the command ----------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
     parser.add_argument("--method", choices=METHODS, help="growth operator (default: a loop's own path, else lidas)")
     parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
-    add_path_options(parser)
     parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
     args, given = read_options(parser, excludes={"loop": ("path", "method", "block"), "path": ("method", "block")})
     check_outputs(args.out)
     if args.out.endswith(".pt") and "dtype" in given:
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
-    model, checkpoint = load_checkpoint(args.model)
+    model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     # the path: given, or a looped model's own, or that of a growth operator
     path = path_of(args, model.config) or model.config.path     # None, if it has none
     if path is None or given & {"method", "block"}:

@@ -16,7 +16,7 @@ import zlib
 import torch
 from tqdm import tqdm
 
-from model import (check_outputs, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
+from model import (complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, score_targets)
 
 # --- paths that loop, and how they are written. A mistake raises ValueError -----------------------
@@ -56,9 +56,13 @@ def parse_path(text):
     return path
 
 
-def add_path_options(parser):
+def command_parser(doc):
+    """What every command takes: paths, and where it runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loop", nargs="+", action="extend", metavar="E-LxK-D", help="3-2x2-3: of 8 layers, 3-4 twice")
     parser.add_argument("--path", nargs="+", action="extend", metavar="PATH", help="0-3,2-5,4-7 loops, 0-3,6-7 skips")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
+    return parser
 
 
 def paths_of(args, config=None):
@@ -85,7 +89,7 @@ def path_of(args, config=None):
 @torch.no_grad()
 def scan(model, tokens, targets, paths, batch=8):
     """Scores many paths on tokens, targets (n, T; -1 is not scored) -> yields loss and right of score_targets, (n,)
-    each, of the plain model and then of each path. Equal beginnings are computed once."""
+    each, of the plain model and then of each path. What begins as the plain path does is computed once."""
     device, plain, parts = model.embed.weight.device, list(range(len(model.layers))), []
     # 1. one plain pass, which keeps the streams before and after each layer: n * T * n_embd numbers a layer
     for part, target in zip(tokens.to(device).split(batch), targets.to(device).split(batch)):
@@ -159,9 +163,8 @@ def plot_scan(file, n_layer, blocks, gains):
 
 def main():
     import evaluate     # here, since it imports this file
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
-    add_path_options(parser)
     # the demo
     parser.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
     parser.add_argument("--length", type=positive_int, default=48, help="tokens to write (default: 48)")
@@ -175,11 +178,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the task's questions (default: 0)")
     parser.add_argument("--results", metavar="FILE.jsonl", help="append each block's gain; go on from what is there")
     parser.add_argument("--plot", metavar="FILE.png", help="a heat map of the scan (needs matplotlib)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     scan_only = ("task", "data", "questions", "visits", "n", "seed", "results", "plot")
     args, _ = read_options(parser, {"scan": ("loop", "path", "prompt", "length"), "data": ("task", "questions", "seed"),
                                     "questions": ("task", "seed")}, requires={"scan": scan_only})   # none is ignored
-    check_outputs(rows=args.results, plot=args.plot)        # before any work
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
     if args.scan:
         return show_scan(model, checkpoint, args)
@@ -187,13 +188,11 @@ def main():
     tokenizer, n_layer = get_tokenizer(checkpoint["tokenizer"]), model.config.n_layer
     paths, own = paths_of(args, model.config), model.config.resolve_path()
     if not paths:       # its own path, and numbers of visits of the layers that it loops, or of the middle quarter
-        looped = [index for index in range(n_layer) if own.count(index) > 1]
-        block = looped[-1] - looped[0] + 1 if looped else max(1, n_layer // 4)
-        start = looped[0] if looped else (n_layer - block) // 2
-        paths = {"its own path": own}
-        for visits in (1, 2, 3, 5):
-            if (path := loop_path(n_layer, start, block, visits - 1)) != own:
-                paths[write_loop(n_layer, start, block, visits)] = path
+        quarter = max(1, n_layer // 4)
+        middle = range((n_layer - quarter) // 2, (n_layer + quarter) // 2)
+        looped = [index for index in range(n_layer) if own.count(index) > 1] or middle
+        loops = [write_loop(n_layer, looped[0], len(looped), visits) for visits in (1, 2, 3, 5)]
+        paths = {"its own path": own, **{loop: path for loop in loops if (path := parse_loop(loop)[1]) != own}}
     for name, path in paths.items():
         print(f"\n{name}   depth {len(path)}   path {' '.join(map(str, path))}")
         for kind, rows in checkpoint["heldout"].items():        # a Hugging Face model has none

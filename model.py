@@ -16,6 +16,7 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
 import argparse
 import collections
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -70,8 +71,8 @@ def apply_rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of T new positions, x (B, T, n_embd), which follow the `seen` ones in the cache. kv_cache:
-    this *visit's* keys and values, a view (2, B, n_kv_head, seen + T, head_dim) whose last T positions are written."""
+    """Causal self-attention of T new positions, x (B, T, n_embd), the last of all S. kv_cache: this *visit's* keys and
+    values, a view (2, B, n_kv_head, S, head_dim) whose last T positions are written; without it S is T."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,10 +92,10 @@ class Attention(nn.Module):
         if kv_cache is not None:
             kv_cache[0, :, :, -T:] = k
             kv_cache[1, :, :, -T:] = v
-            k, v = kv_cache                                                 # (B, n_kv_head, seen + T, head_dim)
+            k, v = kv_cache                                                 # (B, n_kv_head, S, head_dim)
         if self.n_head != self.n_kv_head:       # by hand: with a mask, enable_gqa is slow on GPUs
             groups = self.n_head // self.n_kv_head
-            # each (B, n_head, seen + T, head_dim)
+            # each (B, n_head, S, head_dim)
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         # one new token sees every key: with is_causal it would see the first one only
         is_causal = mask is None and T > 1
@@ -168,22 +169,22 @@ class GPT(nn.Module):
         attn.k.weight.copy_(apply_rope(q.mT, self.cos[1:2], self.sin[1:2]).mT.flatten(0, 1))
 
     def rope_and_mask(self, tokens, seen=0):
-        """tokens (B, T) -> of the positions after the first `seen`: rotary cos and sin (T - seen, head_dim / 2), and a
-        mask (B or 1, 1, T - seen, T) of what they can attend to, or None where causal attention needs none."""
-        T = tokens.shape[1]
-        if T > self.config.context:
-            raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
+        """tokens (B, S), of which T = S - seen are new -> of the new ones rotary cos and sin (T, head_dim / 2), and a
+        mask (B or 1, 1, T, S) of what they can attend to, or None where causal attention needs none."""
+        S = tokens.shape[1]
+        if S > self.config.context:
+            raise ValueError(f"{S} tokens do not fit the context of {self.config.context}")
         # Without documents, a mask is needed only for several new tokens after a cache: a single one sees everything,
         # and a text from its beginning takes the fast causal kernel.
         mask = None
-        if self.config.eot is not None or 0 < seen < T - 1:
+        if self.config.eot is not None or 0 < seen < S - 1:
             # row i is position seen + i, which sees the positions 0 to seen + i
-            mask = torch.ones(1, 1, T - seen, T, dtype=torch.bool, device=tokens.device).tril(seen)
+            mask = torch.ones(1, 1, S - seen, S, dtype=torch.bool, device=tokens.device).tril(seen)
         if self.config.eot is not None:
             # number the documents of each row: a position looks at its own one only
-            document = (tokens == self.config.eot).cumsum(1)[:, None]                       # (B, 1, T)
-            mask = mask & (document[:, :, seen:, None] == document[:, :, None, :])          # (B, 1, T - seen, T)
-        return self.cos[seen:T], self.sin[seen:T], mask
+            document = (tokens == self.config.eot).cumsum(1)[:, None]                       # (B, 1, S)
+            mask = mask & (document[:, :, seen:, None] == document[:, :, None, :])          # (B, 1, T, S)
+        return self.cos[seen:S], self.sin[seen:S], mask
 
     def new_cache(self, path, batch, length):
         """Room for keys and values, one slot per *visit*: a layer that is visited twice has other keys on its second
@@ -192,10 +193,10 @@ class GPT(nn.Module):
                                            self.config.n_kv_head, length, self.config.head_dim)
 
     def hidden(self, tokens, path=None, cache=None, seen=0):
-        """The residual stream (B, T - seen, n_embd) after the last norm; self.head makes logits of it. tokens (B, T):
-        the whole sequence; what comes before `seen` is in the cache, which new_cache makes."""
+        """The residual stream (B, T, n_embd) after the last norm; self.head makes logits of it. tokens (B, S) are the
+        whole sequence, of which T = S - seen are new; what comes before is in the cache, which new_cache makes."""
         rope_and_mask = self.rope_and_mask(tokens, seen)
-        x = self.embed(tokens[:, seen:])                # (B, T - seen, n_embd)
+        x = self.embed(tokens[:, seen:])                # (B, T, n_embd)
         for visit, index in enumerate(self.config.resolve_path(path)):
             kv_cache = None if cache is None else cache[visit, :, :, :, :tokens.shape[1]]
             x = self.layers[index](x, rope_and_mask, kv_cache)      # the path: any layer, any number of times
@@ -212,17 +213,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, path=None, temperature=1.0, top_k=None, stop=None, use_cache=True):
-        """Continues tokens (B, T) by max_new_tokens, or until each row has the token `stop`, which then fills it.
-        -> all tokens. temperature 0 is greedy."""
-        B, T = tokens.shape
-        cache = self.new_cache(path, B, min(T + max_new_tokens, self.config.context)) if use_cache else None
+        """Continues tokens (B, S) by max_new_tokens, or until each row has the token `stop` (or one of a list), which
+        then fills it. -> all tokens. temperature 0 is greedy."""
+        B, S = tokens.shape
+        cache = self.new_cache(path, B, min(S + max_new_tokens, self.config.context)) if use_cache else None
         done = torch.zeros(B, 1, dtype=torch.bool, device=tokens.device)
+        ends = torch.tensor([] if stop is None else stop, dtype=torch.long, device=tokens.device)
         for step in range(max_new_tokens):
             if tokens.shape[1] > self.config.context:
                 cache = None        # the window moves, and with it the position of every stored key
             seen = tokens.shape[1] - 1 if step and cache is not None else 0         # all but the newest token
             # 1. logits of the last position
-            x = self.hidden(tokens[:, -self.config.context:], path, cache, seen)    # (B, T - seen, n_embd)
+            x = self.hidden(tokens[:, -self.config.context:], path, cache, seen)    # (B, T new ones, n_embd)
             logits = self.head(x[:, -1]).float()                                    # (B, vocab_size)
             # 2. the next token
             if top_k is not None:
@@ -233,10 +235,9 @@ class GPT(nn.Module):
             else:
                 new = torch.multinomial((logits / temperature).softmax(-1), 1)      # (B, 1)
             # 3. finished rows stay finished
-            if stop is not None:
-                new = new.masked_fill(done, stop)
-                done = done | (new == stop)                                         # (B, 1)
-            tokens = torch.cat((tokens, new), dim=1)                                # (B, T + tokens so far)
+            new = torch.where(done, tokens[:, -1:], new)
+            done = done | torch.isin(new, ends)                                     # (B, 1)
+            tokens = torch.cat((tokens, new), dim=1)                                # (B, S + tokens so far)
             if stop is not None and done.all():
                 break
         return tokens
@@ -268,8 +269,7 @@ class GPT(nn.Module):
         settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
         settings["rope_freqs"] = hf.model.rotary_emb.inv_freq.tolist()
         model = cls(GPTConfig(**settings, hf_config=config.to_dict(), hf_files=files))
-        names = {llama_name(name): name for name in model.state_dict()}
-        model.load_state_dict({names[name]: weight for name, weight in hf.state_dict().items()})
+        model.load_state_dict({name: hf.get_parameter(llama_name(name)) for name in model.state_dict()})
         return model
 
     def save_pretrained(self, folder, path=None, dtype=torch.float32):
@@ -285,17 +285,18 @@ class GPT(nn.Module):
         hf = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": len(path)}))
         state = {llama_name(name): p for name, p in self.parameter_sources(path).items()}
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
-        hf.to(dtype).save_pretrained(folder)
+        part = f"{os.path.normpath(folder)}.part"       # a crash leaves no half a model of that name
+        hf.to(dtype).save_pretrained(part)
         for name, content in (self.config.hf_files or {}).items():
-            pathlib.Path(folder, name).write_bytes(content)
+            pathlib.Path(part, name).write_bytes(content)
+        os.replace(part, folder)
 
     def parameter_sources(self, path=None):
         """{name of each parameter of grow(self, path): the parameter of this model that it copies}"""
         sources = {name: p for name, p in self.named_parameters() if not name.startswith("layers.")}
-        for visit, index in enumerate(self.config.resolve_path(path)):
-            for name, p in self.layers[index].named_parameters():
-                sources[f"layers.{visit}.{name}"] = p       # layer path[visit] has become layer `visit`
-        return sources
+        # layer path[visit] has become layer `visit`: a list in which a layer stands once for each visit
+        visits = nn.ModuleList(self.layers[index] for index in self.config.resolve_path(path))
+        return sources | dict(visits.named_parameters("layers", remove_duplicate=False))
 
 # --- scoring --------------------------------------------------------------------------------------
 
@@ -338,8 +339,9 @@ SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head"
 SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
              "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 
-# encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document
-Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab")
+# encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document;
+# stop: those that end what a model writes
+Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab stop")
 
 
 def llama_name(name):
@@ -360,7 +362,8 @@ def get_tokenizer(spec):
         except OSError as error:
             raise ValueError(f"tiktoken downloads {spec!r} on first use, which failed. Offline, set TIKTOKEN_CACHE_DIR "
                              f"to a folder that holds it, named by its hash ({error})")
-        return Tokenizer(lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.eot_token, bpe.n_vocab)
+        return Tokenizer(lambda text: bpe.encode(text, allowed_special="all"), bpe.decode, bpe.eot_token, bpe.n_vocab,
+                         (bpe.eot_token,))
     if "files" in spec:
         from transformers import AutoTokenizer
         with tempfile.TemporaryDirectory() as folder:
@@ -368,10 +371,11 @@ def get_tokenizer(spec):
                 pathlib.Path(folder, name).write_bytes(content)
             hf = AutoTokenizer.from_pretrained(folder)
         # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
-        # else end-of-text; the eos of a chat model ends a turn, not a document.
+        # else end-of-text; the eos of a chat model ends a turn, not a document. Both end what is written.
         added = hf.encode("")
         eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", hf.eos_token_id)
-        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False), hf.decode, eot, len(hf))
+        stop = tuple(token for token in (eot, hf.eos_token_id) if token is not None)
+        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False), hf.decode, eot, len(hf), stop)
     # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
     words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}
@@ -381,18 +385,19 @@ def get_tokenizer(spec):
             return [ids[piece] for piece in re.findall(spec["pattern"], text)]
         except KeyError as piece:
             raise ValueError(f"{piece} is not a word of the built-in world")
-    return Tokenizer(encode, lambda tokens: " ".join(words[i] for i in tokens).replace(" \n ", "\n"), 0, len(words))
+    return Tokenizer(encode, lambda ids: " ".join(words[i] for i in ids).replace(" \n ", "\n"), 0, len(words), (0,))
 
 
 def complete(model, tokenizer, text, length, path=None, temperature=0.0):
-    """The beginning of a document -> what the model writes after it: up to `length` tokens, or the document's end."""
+    """The beginning of a document -> what the model writes after it: to the document's end, or `length` tokens, or
+    as many as the context has room for."""
     tokens = [tokenizer.eot] + tokenizer.encode(text)       # as every document of training text begins
-    if len(tokens) > model.config.context:
+    if (room := model.config.context - len(tokens)) < 0:
         raise ValueError(f"the prompt has {len(tokens)} tokens, the context {model.config.context}")
-    batch = torch.tensor([tokens], device=model.embed.weight.device)        # (1, T)
-    new = model.generate(batch, length, path, temperature, stop=tokenizer.eot)[0, len(tokens):].tolist()
-    if tokenizer.eot in new:
-        new = new[:new.index(tokenizer.eot)]                # the next document is not the answer
+    batch = torch.tensor([tokens], device=model.embed.weight.device)        # (1, S)
+    new = model.generate(batch, min(length, room), path, temperature, stop=tokenizer.stop)[0, len(tokens):].tolist()
+    # what comes after the end is not the answer; a vocabulary may be padded
+    new = itertools.takewhile(lambda token: token not in tokenizer.stop, new)
     return tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
 
 
@@ -409,7 +414,7 @@ def save_atomically(file, write):
 
 def save_checkpoint(file, model, tokenizer=None, heldout={}, args={}, **more):
     """tokenizer: a spec of get_tokenizer; heldout: {name: rows}; args, more: what train.py needs to go on. All are
-    tensors, numbers, texts, bytes, lists and dicts: reading them runs no code."""
+    tensors, numbers, texts, bytes, lists, tuples and dicts: reading them runs no code."""
     state = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer}
     save_atomically(file, lambda f: torch.save({**state, "heldout": heldout, "args": args, **more}, f))
 
@@ -426,8 +431,11 @@ def load_checkpoint(name, device="cpu"):
             files = model.config.hf_files
             spec = {"files": files} if "tokenizer_config.json" in files else None
             checkpoint = {"tokenizer": spec, "heldout": {}, "args": {}}
-            if spec and get_tokenizer(spec).n_vocab > model.config.vocab_size:
-                raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
+            if spec:
+                tokenizer = get_tokenizer(spec)
+                model.config.eot = tokenizer.eot        # documents in one row do not see each other, as in training
+                if tokenizer.n_vocab > model.config.vocab_size:
+                    raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
     except ModuleNotFoundError:     # transformers: run_script says what to install
         raise
     except Exception as error:      # pickle, safetensors and the hub raise errors of every kind
@@ -475,7 +483,8 @@ positive_int = between(1, 10 ** 9, int)
 
 def read_options(parser, excludes={}, requires={}):
     """-> args, and the names that were given. excludes: {name: names that mean nothing beside it}, requires: {name:
-    names that mean nothing without it}. Raises ValueError for what would be ignored."""
+    names that mean nothing without it}. Raises ValueError for what would be ignored, or for a --results or --plot that
+    cannot be written."""
     # argparse does not tell a default that was typed from one that was not: parse once more, and see what stays `unset`
     # (a list, which action="extend" copies)
     args, unset = parser.parse_args(), []
@@ -486,6 +495,7 @@ def read_options(parser, excludes={}, requires={}):
     if ignored := sorted(given & wrong.keys()):
         dashes = "-" if len(ignored[0]) == 1 else "--"
         raise ValueError(f"{dashes}{ignored[0]} {wrong[ignored[0]]}".replace("_", "-"))
+    check_outputs(rows=vars(args).get("results"), plot=vars(args).get("plot"))
     return args, given
 
 

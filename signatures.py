@@ -11,7 +11,6 @@ the curves repeat with the block that was grown or looped (1b).
 h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
 Interventions are paths, or masks of the positions at which a visit is left out; there is no second model.
 """
-import argparse
 import statistics
 
 import numpy as np
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import append_rows, plot_lines, print_tables, rows_of_models
-from loop import add_path_options, paths_of
-from model import between, check_outputs, estimate_loss, positive_int, run_script
+from loop import command_parser, paths_of
+from model import between, estimate_loss, positive_int, read_options, run_script
 
 # --- running visit by visit -----------------------------------------------------------------------
-# A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head, and layers with norm1,
-# attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
+# A model of your own needs config.resolve_path, config.eot, embed, rope_and_mask, norm, head, hidden (for losses), and
+# layers with norm1, attn(x, rope_and_mask), norm2, mlp, added one after another as in Layer.forward
 
 def run_visit(layer, x, rope_and_mask):
     """One visit on x (B, T, n_embd) -> a, m (B, T, n_embd)."""
@@ -78,7 +77,7 @@ def skip_effects(model, tokens, path=None, future=None, local=False):
         skipped, read = skipped & cut & (place < future), read & cut & (place >= future)
     rows = skipped.any(1) & read.any(1)     # (B,), a row where nothing is left out, or read, says nothing
     if not rows.any():
-        raise ValueError("no document goes on past the future position: give longer documents or more rows")
+        raise ValueError("no document goes on after what is left out: give longer documents or more rows")
 
     def over_positions(x):                  # (B, T) -> a number
         return x.masked_fill(~read, 0).amax(-1)[rows].mean()
@@ -246,17 +245,14 @@ def convergence_rows(rows):
 # --- the command ----------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("models", nargs="+", help="checkpoints (.pt), or Hugging Face names or directories")
-    add_path_options(parser)
     parser.add_argument("--rows", type=between(1, 64, int), default=32, help="held-out rows up to 64 (default: 32)")
     parser.add_argument("--data", metavar="FILE", help="text in place of the run's held-out general text")
     parser.add_argument("--block", type=positive_int, help="size of blocks (default: the loop's or the run's, else 2)")
     parser.add_argument("--results", metavar="FILE", help="append the numbers to this .jsonl, for evaluate.py --table")
     parser.add_argument("--plot", metavar="FILE.png", help="save a figure (needs matplotlib)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
-    args = parser.parse_args()
-    check_outputs(rows=args.results, plot=args.plot)
+    args, _ = read_options(parser)
     rows = rows_of_models(args, measure)
     found = list(convergence_rows(rows))
     append_rows(args.results, found)

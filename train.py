@@ -15,13 +15,12 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
       / 2  |  4   |   6    |   8   | \         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
-import argparse
 import functools
 import gc
-import glob
 import json
 import math
 import os
+import pathlib
 import shutil
 import sqlite3
 import time
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 import evaluate
 from grow import METHODS, depth_schedule, grow, grow_optimizer
-from loop import add_path_options, path_of
+from loop import command_parser, path_of
 from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokenizer, load_checkpoint, pick_device,
                    positive_int, read_options, run_script, save_atomically, save_checkpoint)
 
@@ -51,8 +50,8 @@ def open_stream(name, files, args, tokenizer):
         heldout = np.stack([evaluate.world_row(tokenizer, args.context, name, True, 0, number) for number in range(64)])
         return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    if args.resume:                         # the run's folder has a copy: its files may have moved
-        tokens = np.fromfile(os.path.join(args.out, f"{name}.tokens"), dtype)
+    if args.copies:
+        tokens = np.fromfile(os.path.join(args.copies, f"{name}.tokens"), dtype)
     else:
         parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
         tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
@@ -119,17 +118,16 @@ def model_config(args, tokenizer):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): five Newton-Schulz steps make the momentum of a matrix nearly orthogonal. torch's own
-    is in bfloat16, slow on a CPU. This one is in float32 and takes a group's matrices, of one shape, in one product."""
+    is in bfloat16, 17 times slower on a CPU. This one is in float32 (TF32 on a GPU) and takes a group's matrices, of
+    one shape, in one product."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, (rows, columns) = group["params"], group["params"][0].shape
-            # 1. Nesterov's momentum: the average as it will be after another step along this gradient
-            for p in params:
-                if not self.state[p]:       # the first step
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            averages, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+            # 1. Nesterov's momentum, zero at first: the average as it will be after another step along this gradient
+            averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            grads = [p.grad for p in params]
             torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
             x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"]))    # (n, rows, columns)
             # 2. all singular values to about 1 (0.7 to 1.2), by a polynomial of x x^T with Jordan's coefficients
@@ -186,14 +184,13 @@ CUDA = {"layers": 16, "block": 4, "width": 384, "heads": 6, "context": 512, "bat
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     # the model and how it gets its depth
     add("--method", choices=["baseline", *METHODS], default="lidas", help="lidas (default) is the paper's best")
     add("--layers", type=positive_int, default=8, help="depth at the end, in visits (default: 8; CUDA: 16)")
     add("--block", type=positive_int, default=2, help="layers per stage (default: 2; CUDA: 4, as in the papers)")
     add("--alpha", type=between(0, 1000), default=0.0, help="PROP-alpha: above 0 later stages are longer (default: 0)")
-    add_path_options(parser)
     add("--width", type=positive_int, default=64, help="of the residual stream (default: 64; CUDA: 384)")
     add("--heads", type=positive_int, default=2, help="of attention, best 32 wide or more (default: 2; CUDA: 6)")
     add("--kv-heads", type=positive_int, help="fewer than --heads: grouped-query attention (default: as many)")
@@ -218,7 +215,6 @@ def make_parser():
     add("--resume", action="store_true", help="go on with the run in --out, with its arguments")
     add("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py or Hugging Face")
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best one here)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
     parser.set_defaults(start=0)        # no option: the first step of this run, after those of the run of --init
     return parser
@@ -237,13 +233,15 @@ def read_args():
     stored = checkpoint["args"] if "optimizers" in checkpoint else {}      # else it is a model that is no run
     if args.resume:
         if not stored:                      # a new run would hide a mistyped name
-            runs = sorted(map(os.path.dirname, glob.glob(os.path.join(os.path.dirname(args.out), "*", "ckpt.pt"))))
+            runs = sorted(str(file.parent) for file in pathlib.Path(args.out).parent.glob("*/ckpt.pt"))
             raise ValueError(f"there is no run in {args.out} (models: --init); runs: {', '.join(runs) or 'none'}")
-        for name in given - {"out", "resume", "device", "compile"}:     # these are of the machine
+        # what may change: what is of the machine, and where the text lies, since its checksum is compared
+        movable = {"data", "math"} if stored["data"] else set()
+        for name in given - movable - {"out", "resume", "device", "compile"}:
             if getattr(args, name) != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {stored[name]} in that run and cannot change")
-        if "device" not in given and stored["device"].split(":")[0] in ("cpu", pick_device()):
-            args.device = stored["device"]      # else the best one here: a GPU's run goes on where there is none
+        if "device" not in given and stored["device"] == "cpu":
+            args.device = "cpu"     # the same bits; a GPU's run goes on on the best device here
     args.device = pick_device(args.device)      # auto: the best one here
     path = path_of(args, model.config if model else None)
     # 2. where a value comes from: each of these counts more than those before it, the parser's defaults
@@ -263,7 +261,9 @@ def read_args():
     if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
-    # 3. what follows from them: the steps before the cooldown, and when the model has which depth
+    # 3. what follows from them: where the tokens of a run's text are (its files may have moved), the steps before the
+    # cooldown, and when the model has which depth
+    args.copies = os.path.dirname(source) if stored.get("data") and not given & {"data", "math"} else None
     args.constant, args.stages = args.steps - round(args.steps * args.cooldown), [(0, args.layers)]
     if args.method in METHODS:
         args.stages = depth_schedule(args.constant, args.layers, args.block, args.alpha)
@@ -273,7 +273,7 @@ def read_args():
 
 
 def check(args, given, path, model, checkpoint):
-    """Raises ValueError for what cannot be, or would be passed over, before anything is read or written."""
+    """Raises ValueError for what cannot be, or would be passed over, before any text is read or anything written."""
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
     if args.start >= args.steps:
@@ -286,7 +286,9 @@ def check(args, given, path, model, checkpoint):
         raise ValueError("--block and --alpha go with a --method that grows")
     if given & {"math", "math_share"} and (args.constant == args.steps or bool(args.math) != bool(args.data)):
         raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
-    for file in (args.data or []) + (args.math or []):
+    if model and not args.data and checkpoint["tokenizer"] != evaluate.TOKENIZER:
+        raise ValueError(f"{args.init} is no model of the built-in world: give a text by --data")
+    for file in [] if args.copies else (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
 # --- what a run prints and keeps ------------------------------------------------------------------
@@ -419,10 +421,11 @@ def train(args, model, optimizers, make, start, run):
     grows_at = {step for step, _ in args.stages[1:]}
     report_steps = {round(args.steps * i / args.evals) for i in range(args.evals + 1)} | grows_at | {args.constant}
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda)
-    # rows take time to make: on a GPU, other processes do it
-    workers = min(8, os.cpu_count() // 2) if cuda and args.batch * args.context > 8192 else 0
+    # rows take time to make: on a GPU, other processes do it, where they can have our functions by a fork
+    workers = min(8, os.cpu_count() // 2) if cuda and hasattr(os, "fork") and args.batch * args.context > 8192 else 0
     steps = range(start, args.steps)
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=make, num_workers=workers, pin_memory=cuda,
+                                         multiprocessing_context="fork" if workers else None)
     wrapped, losses = prepare(model, args), []          # losses since the last report
     for step, rows in zip(tqdm(steps, unit="step", disable=None if run.first else True), loader):
         # 1. the batch

@@ -147,6 +147,8 @@ def test_as_many_shots_as_fit(tokenizer):
     for context, shots in ((12, None), (100, 5)):       # as many as are asked for, or none
         with pytest.raises(E.TooLong, match="context"):
             E.encode_examples("assign-0", tokenizer, context, 20, shots)
+    with pytest.raises(E.TooLong, match="48 words"):    # it was an error of random.sample, after all other tasks
+        E.encode_examples("rule", tokenizer, 1000, 2, shots=48)
 
 # --- scoring --------------------------------------------------------------------------------------
 

@@ -44,11 +44,12 @@ def test_prompts_longer_than_the_context_stop_token_and_top_k():
     tokens = tokens[:, :5]
     greedy = model.generate(tokens, 12, temperature=0)
     assert torch.equal(model.generate(tokens, 12, top_k=1), greedy)
-    stop = greedy[0, 7].item()
-    stopped = model.generate(tokens, 12, temperature=0, stop=stop)      # the other rows go on
-    for row, whole in zip(stopped.tolist(), greedy.tolist()):
-        end = whole.index(stop, 5) if stop in whole[5:] else len(row)
-        assert row[:end] == whole[:end] and set(row[end:]) <= {stop}
+    for stop in (greedy[0, 7].item(), greedy[:2, 8].tolist()):              # one token, or any of several
+        stopped = model.generate(tokens, 12, temperature=0, stop=stop)      # the other rows go on
+        ends = [stop] if isinstance(stop, int) else stop
+        for row, whole in zip(stopped.tolist(), greedy.tolist()):
+            end = next((i for i in range(5, 17) if whole[i] in ends), 16)
+            assert row[:end + 1] == whole[:end + 1][:len(row)] and set(row[end:]) <= {whole[end]}
 
 
 def test_documents_do_not_see_each_other():
@@ -91,7 +92,9 @@ def test_too_many_tokens():
     with pytest.raises(ValueError, match="context"):
         tiny_model()(some_tokens(time=25))
     with pytest.raises(ValueError, match="25 tokens"):       # a prompt is never cut in silence
-        complete(tiny_model(), Tokenizer(lambda text: [1] * 24, str, 0, 61), "", 5)
+        complete(tiny_model(), Tokenizer(lambda text: [1] * 24, str, 0, 61, (0,)), "", 5)
+    # nor by what is written after it: of 24, 21 and 3
+    assert len(complete(tiny_model(), Tokenizer(lambda text: [1] * 20, list, 0, 61, ()), "", 9)) == 3
 
 
 def test_nothing_in_a_layer_depends_on_the_depth():
@@ -129,6 +132,13 @@ def test_ids_that_are_no_token_are_not_decoded():
     model, tokenizer = tiny_model(), get_tokenizer({"words": ["<|endoftext|>", *"abcdefghi"], "pattern": PIECES})
     texts = [complete(model, tokenizer, "a", 20, temperature=100.0) for _ in range(20)]
     assert {len(text.split()) < 20 for text in texts} == {True}
+
+
+def test_what_is_written_ends_at_any_of_the_ends():
+    """A Llama's documents begin with one token and end with another: it wrote on after its answer."""
+    model, tokenizer = tiny_model(), Tokenizer(lambda text: [1], list, 0, 61, (0, 5, 7, 9))
+    texts = [complete(model, tokenizer, "", 20, temperature=100.0) for _ in range(20)]
+    assert min(map(len, texts)) < 20 and not {0, 5, 7, 9} & set(sum(texts, []))
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

@@ -230,7 +230,7 @@ def test_hooks_fire_in_training_and_evaluation_also_when_layers_are_compiled(mon
     training = compiled(model, monkeypatch)
     training(rows[:, :-1], rows[:, 1:].contiguous())[1].backward()
     assert len(calls) == 6
-    args = arguments(data="text", context=24, resume=False)
+    args = arguments(data="text", context=24, copies=None)
     run = train.Run(args, model, None, {"general": rows}, {}, [], first=True)
     run.report(model, 0)
     assert len(calls) == 12
@@ -314,12 +314,18 @@ def test_a_run_on_files_is_resumed_from_elsewhere_and_after_its_data_moved(on_te
     with monkeypatch.context() as patch:
         stop_at(patch, 27)
         assert script(*on_text.command, "--out", "again").returncode == 9
-    for file in on_text.files:
-        file.rename(f"{file}.moved")
+    shutil.copytree("again", "said")
+    moved = [file.rename(file.with_name(f"moved-{file.name}")) for file in on_text.files]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     works("train.py", "--resume", "--out", "../again")
     assert same(run_of("../again"), run_of("../run"))
+    # its place may be said: the text is what counts
+    refused("changed", "train.py", "--resume", "--out", "../said", "--data", *moved[::-1], "--math", moved[1])
+    works("train.py", "--resume", "--out", "../said", "--data", moved[0], "--math", moved[1])
+    assert same(run_of("../said")["model"], run_of("../run")["model"])
+    works("train.py", "--init", "../run/stable.pt", "--device", "cpu", "--out", "../on")
+    assert same(run_of("../on")["model"], run_of("../run")["model"])
 
 
 def test_a_loop_in_the_cooldown_is_resumed_to_the_bit(trained, tmp_path, monkeypatch):
@@ -364,7 +370,7 @@ def test_what_the_next_start_trains_from(trained, tmp_path):
 
 def test_held_out_documents_of_files_are_the_last_ones_and_not_trained_on(on_text):
     tokenizer = get_tokenizer("gpt2")
-    row, held, _ = train.open_stream("general", ["its copy"], arguments(context=128, resume=True, out="run"), tokenizer)
+    row, held, _ = train.open_stream("general", ["its copy"], arguments(context=128, copies="run"), tokenizer)
     lines = [json.loads(line)["body"] for line in on_text.files[0].read_text().splitlines()]
     heldout = tokenizer.decode(held.flatten().tolist()).split("<|endoftext|>")[1:-1]        # whole documents
     first = lines.index(heldout[0])
@@ -461,7 +467,7 @@ def test_options_and_devices_of_a_resumed_run(trained, tmp_path):
     """A default that is given is an option too; a run of a GPU goes on without one, and blamed an option not given."""
     shutil.copytree(trained, tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
-    for changed, check, options in (({"device": "cpu" if torch.cuda.is_available() else "cuda"}, works, ()),
+    for changed, check, options in (({"device": "cpu" if torch.cuda.is_available() else "cuda:1"}, works, ()),
                                     ({"seed": 7}, lambda *command: refused("--seed", *command), ("--seed", 0))):
         torch.save({**checkpoint, "args": {**checkpoint["args"], **changed}}, tmp_path / "run" / "ckpt.pt")
         check("train.py", "--out", tmp_path / "run", "--resume", *options)
