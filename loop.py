@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--visits", type=positive_int, default=2, help="of the block in the scan (default: 2)")
     parser.add_argument("--task", default="hops-2", choices=evaluate.TASKS, help="what it asks (default: hops-2)")
     parser.add_argument("--data", metavar="FILE", help="in place of a task: text, scored by its loss")
-    parser.add_argument("--questions", metavar="FILE.jsonl", help="in place of a task: your questions and answers")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="in place of a task: yours, with short answers")
     parser.add_argument("-n", type=positive_int, default=200, help="examples, or rows of text (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the task's questions (default: 0)")
     parser.add_argument("--results", metavar="FILE.jsonl", help="append each block's gain; go on from what is there")
