@@ -295,16 +295,20 @@ def read_items(file, field="text"):
 
 def read_pairs(file, field=None):
     """Of each document prompt, answer: "" and its `field` ("text" by default), or its "question" and "answer"."""
-    for item in read_items(file, field or "text"):
+    field, found = field or "text", False
+    for item in read_items(file, field):
         # a number counts as text, a blank one does not
         texts = {name: str(value) for name, value in item.items() if isinstance(value, (str, int, float))}
         texts = {name: text for name, text in texts.items() if text.strip()}
-        if (field or "text") in texts:
-            yield "", texts[field or "text"]
+        if field in texts:
+            yield "", texts[field]
         elif texts.keys() >= {"question", "answer"}:
             yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
-        else:
+        elif not isinstance(item.get(field), str):      # a blank document is passed over
             raise ValueError(f"{file}: no text in {', '.join(item)}: --field names what is read")
+        found = found or bool(texts)
+    if not found:
+        raise ValueError(f"{file} has no text")
 
 
 def check_text_file(file):
@@ -327,20 +331,24 @@ def bin_tokens(file, tokenizer):
         tokens = np.memmap(file, kinds[header[0]], mode="r", offset=1024, shape=(int(header[2]),))
     elif len(tokens) > 8 and not tokens[1::2][:1000].any():
         raise ValueError(f"{file} is not a uint16 token file: every second number is 0, as in uint32")
+    if (tokens.itemsize == 2) != (tokenizer.n_vocab <= 2 ** 16):       # such as GPT-2's tokens for a Llama 3
+        raise ValueError(f"{file} holds tokens of {tokens.itemsize} bytes, not of a vocabulary of {tokenizer.n_vocab}")
     if tokens.max() >= tokenizer.n_vocab:       # the model would fail, or learn nonsense, much later
         raise ValueError(f"{file} holds token {tokens.max()}, beyond the {tokenizer.n_vocab} of its --encoding")
     return tokens
 
 
 def encode_files(files, tokenizer, field=None):
-    """Yields the tokens of all files, part by part, an end-of-text token before each document."""
+    """Yields the tokens of all files, part by part, an end-of-text token before each document; after it the eos of a
+    Llama that begins and ends documents with two tokens."""
+    end = [token for token in tokenizer.stop[:2] if token != tokenizer.eot]
     for file in files:
         check_text_file(file)
         if file.lower().endswith(".bin"):
             yield bin_tokens(file, tokenizer)
             continue
         for pair in tqdm(read_pairs(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
-            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)))
+            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)) + end)
 
 
 def token_rows(file, tokenizer, context, n):
@@ -472,7 +480,9 @@ def answer_questions(model, tokenizer, questions, length, path=None):
     right = []
     for prompt, answer in tqdm(questions, desc="questions", leave=False, disable=None):
         text = complete(model, tokenizer, prompt, length, path)
-        right.append(is_same(re.split("\n\n|\nQuestion:", text)[0], answer))    # it may ask on by itself
+        # it may ask on by itself; before #### there may be paragraphs
+        text = re.split("\nQuestion:" if "####" in text else "\n\n|\nQuestion:", text.strip())[0]
+        right.append(is_same(text, answer))
     return torch.tensor(right)
 
 # --- measurements are rows, and tables and figures are made of rows -------------------------------

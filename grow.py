@@ -114,7 +114,7 @@ def depth_schedule(total, depth, block, alpha=0.0):
 def main():
     parser = command_parser(__doc__)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
-    parser.add_argument("--method", choices=METHODS, help="growth operator (default: a loop's own path, else lidas)")
+    parser.add_argument("--method", choices=METHODS, help="growth operator (default: the model's own loop; for a .pt else lidas)")
     parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
     parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
@@ -123,11 +123,12 @@ def main():
     if args.out.endswith(".pt") and "dtype" in given:
         raise ValueError("--dtype is of a Hugging Face directory; a .pt file keeps float32")
     model, checkpoint = load_checkpoint(args.model, pick_device(args.device))
-    # the path: given, or a looped model's own, or that of a growth operator
+    # the path: given, or that of a growth operator, or the model's own: a directory by itself is an export
     path = path_of(args, model.config) or model.config.path     # None, if it has none
-    if path is None or given & {"method", "block"}:
-        block = args.block or checkpoint["args"].get("block", 2)
+    if given & {"method", "block"} or (path is None and args.out.endswith(".pt")):
+        block = args.block or checkpoint["args"].get("block") or 2
         path = METHODS[args.method or "lidas"](model.config.n_layer, block)
+    path = model.config.resolve_path(path)
     # at this moment growing does what looping does, so that the loss after it is known before it
     for name, rows in checkpoint["heldout"].items():
         print(f"held-out {name} loss: {estimate_loss(model, rows):.4f} before, "

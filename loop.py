@@ -136,6 +136,8 @@ def show_scan(model, checkpoint, args):
             gains[loop, column] = {**row, "model": f"{label} {loop}", "column": column, "value": half.mean().item(),
                                    "se": (half.std() / len(half) ** 0.5).item(), "loop": loop, "scan": checksum}
             evaluate.append_rows(args.results, [gains[loop, column]])       # at once: the scan may be stopped
+    if not any(row["value"] or row["se"] for row in gains.values()):
+        tqdm.write("no block changes any answer: give shorter ones, or text by --data")
     # 3. the best by the first half; for a table over the seeds, the plain model and what its best block gains
     best = sorted(blocks, key=lambda loop: -gains[loop, "chosen"]["value"])[:10]
     score = (plain_loss if args.data else plain_right.float())[1::2]    # of the reported half

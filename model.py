@@ -17,6 +17,7 @@ import argparse
 import collections
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -264,7 +265,8 @@ class GPT(nn.Module):
         if not os.path.isdir(name_or_dir) or any(pathlib.Path(name_or_dir).glob("tokenizer*")):
             with tempfile.TemporaryDirectory() as folder:
                 AutoTokenizer.from_pretrained(name_or_dir).save_pretrained(folder)
-                files |= {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
+                files |= {file.relative_to(folder).as_posix(): file.read_bytes()
+                          for file in pathlib.Path(folder).rglob("*") if file.is_file()}
         # 4. ours; inv_freq is what theirs computes with, which rope_theta alone does not tell of a scaled rope
         settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
         settings["rope_freqs"] = hf.model.rotary_emb.inv_freq.tolist()
@@ -287,8 +289,7 @@ class GPT(nn.Module):
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
         part = f"{os.path.normpath(folder)}.part"       # a crash leaves no half a model of that name
         hf.to(dtype).save_pretrained(part)
-        for name, content in (self.config.hf_files or {}).items():
-            pathlib.Path(part, name).write_bytes(content)
+        write_files(part, self.config.hf_files or {})
         os.replace(part, folder)
 
     def parameter_sources(self, path=None):
@@ -303,7 +304,7 @@ class GPT(nn.Module):
 def score_targets(model, hidden, targets):
     """hidden (B, T, n_embd) of model.hidden, targets (B, T; -1 is not scored) -> of each row the mean loss in nats, and
     whether its answer is right, (B,) each: whether each of its tokens is the likeliest after the true ones before it.
-    Then greedy decoding would give it, and one forward pass tells."""
+    Then what greedy decoding gives begins with it, and one forward pass tells."""
     scored = targets >= 0                                                       # (B, T)
     # only scored positions reach the head: of a large vocabulary it is most of the work
     logits = model.head(hidden[scored]).float()                                 # (scored tokens, vocab_size)
@@ -314,9 +315,10 @@ def score_targets(model, hidden, targets):
 
 
 @torch.no_grad()
-def score_rows(model, tokens, targets, path=None, batch=16):
+def score_rows(model, tokens, targets, path=None):
     """score_targets of tokens, targets (n, T), some rows at a time -> losses, right, (n,) each"""
     device, scores = model.embed.weight.device, []
+    batch = min(16, max(1, 4096 // tokens.shape[1]))        # a large vocabulary makes large logits
     for part, target in zip(tokens.split(batch), targets.split(batch)):
         hidden = model.hidden(part.to(device).long(), path)                     # (batch, T, n_embd)
         scores.append(score_targets(model, hidden, target.to(device).long()))
@@ -350,6 +352,13 @@ def llama_name(name):
     return f"{'model.' + layer if layer else ''}{LLAMA[part]}.weight"
 
 
+def write_files(folder, files):
+    """files: {name: bytes}; a name may have a folder of its own, as further chat templates do"""
+    for name, content in files.items():
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        pathlib.Path(folder, name).write_bytes(content)
+
+
 def get_tokenizer(spec):
     """spec: a name that tiktoken knows; {"words": list, "pattern": str} of evaluate.py's world; or {"files": {name:
     bytes}} of a Hugging Face tokenizer -> Tokenizer. Raises ValueError where it cannot be loaded."""
@@ -367,15 +376,18 @@ def get_tokenizer(spec):
     if "files" in spec:
         from transformers import AutoTokenizer
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in spec["files"].items():
-                pathlib.Path(folder, name).write_bytes(content)
+            write_files(folder, spec["files"])
             hf = AutoTokenizer.from_pretrained(folder)
         # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
         # else end-of-text; the eos of a chat model ends a turn, not a document. Both end what is written.
         added = hf.encode("")
         eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", hf.eos_token_id)
-        stop = tuple(token for token in (eot, hf.eos_token_id) if token is not None)
-        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False), hf.decode, eot, len(hf), stop)
+        # a chat model's generation config has further ends
+        more = json.loads(spec["files"].get("generation_config.json", b"{}")).get("eos_token_id")
+        stop = [eot, hf.eos_token_id, *(more if isinstance(more, list) else [more])]
+        stop = tuple(dict.fromkeys(token for token in stop if token is not None))
+        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False, verbose=False), hf.decode, eot, len(hf),
+                         stop)
     # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
     words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}

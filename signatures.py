@@ -6,7 +6,7 @@ the curves repeat with the block that was grown or looped (1b).
     python signatures.py out/lidas/ckpt.pt out/baseline/ckpt.pt                      # curves and numbers: a minute
     python signatures.py out/*/ckpt.pt --plot signatures.png                         # runs of several seeds
     python signatures.py out/lidas/ckpt.pt --loop 3-2x2-3                            # along a looped path
-    python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4        # any Llama
+    python signatures.py HuggingFaceTB/SmolLM2-135M --data text.txt --block 4 --rows 4      # any Llama
 
 h is the residual stream before a visit, a and m are the outputs of its attention and MLP, D = a + m is its update.
 Interventions are paths, or masks of the positions at which a visit is left out; there is no second model.

@@ -15,6 +15,7 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
       / 2  |  4   |   6    |   8   | \         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
+import argparse
 import functools
 import gc
 import json
@@ -80,11 +81,18 @@ def make_batch(streams, args, rank, world_size, step):
     # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
     math_share = args.math_share if step >= args.constant and "math" in streams else 0
     is_math = np.random.default_rng((args.seed, step)).random(args.batch) < math_share
+    passed = rows_passed(args, step)
     for i in range(rank * share, (rank + 1) * share):
-        # math is counted from the cooldown's first row on, so that none is left out
-        stream, begin = ("math", args.constant) if is_math[i] else ("general", 0)
-        rows.append(streams[stream]((step - begin) * args.batch + i))
+        stream = "math" if is_math[i] else "general"
+        rows.append(streams[stream](passed[stream] + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def rows_passed(args, step):
+    """How far a run is in each stream, from where the run that it goes on from was: math counts from the cooldown on,
+    and a row of a batch that is of one stream is left out in the other."""
+    return {"general": args.passed["general"] + (step - args.start) * args.batch,
+            "math": args.passed["math"] + max(0, step - max(args.start, args.constant)) * args.batch}
 
 # --- the schedule, and what it costs: functions of the step alone ---------------------------------
 # read_args sets args.constant, the steps before the cooldown, and args.stages, [(first step, depth), ...]
@@ -216,7 +224,8 @@ def make_parser():
     add("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py or Hugging Face")
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    parser.set_defaults(start=0)        # no option: the first step of this run, after those of the run of --init
+    # no options: the first step of this run, and how far the run of --init was in each stream
+    parser.set_defaults(start=0, passed={"general": 0, "math": 0})
     return parser
 
 
@@ -255,15 +264,16 @@ def read_args():
         values.update(method="looped", layers=len(path))        # depth counts visits
     if model:
         model.config.path = path or model.config.path
-        values.update(method="init", layers=len(model.config.resolve_path()), lr=1e-4, steps=500, batch=8,
+        values.update(method="init", layers=len(model.config.resolve_path()), block=None, lr=1e-4, steps=500, batch=8,
                       context=min(512, model.config.context), encoding=None)
     values.update(stored)                       # of a run all, also its depth, of which FLOPs are a share
     if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
-        values.update(method="init", warmup=0, start=checkpoint["step"])
+        passed = rows_passed(argparse.Namespace(**stored), checkpoint["step"])
+        values.update(method="init", warmup=0, start=checkpoint["step"], passed=passed)
     values.update(typed)
     # 3. what follows from them: where the tokens of a run's text are (its files may have moved), the steps before the
     # cooldown, and when the model has which depth
-    args.copies = os.path.dirname(source) if stored.get("data") and not given & {"data", "math"} else None
+    args.copies = os.path.dirname(source) or "." if stored.get("data") and not given & {"data", "math"} else None
     args.constant, args.stages = args.steps - round(args.steps * args.cooldown), [(0, args.layers)]
     if args.method in METHODS:
         args.stages = depth_schedule(args.constant, args.layers, args.block, args.alpha)
@@ -276,6 +286,8 @@ def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before any text is read or anything written."""
     if model and args.context > model.config.context:
         raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
+    if args.copies and args.context > checkpoint["args"]["context"]:
+        raise ValueError("a longer --context would test on what that run has trained on: give a text by --data")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):

@@ -269,6 +269,14 @@ def test_a_question_that_the_model_goes_on_to_ask_is_not_scored(tokenizer, monke
     monkeypatch.setattr(E, "complete", lambda *_: " 3 + 4 = 7\nQuestion: 4 + 5 ?\nAnswer: 9")
     pairs = [("Question: 3 + 4 ?\nAnswer:", " 7"), ("Question: 3 + 4 ?\nAnswer:", " 9")]
     assert E.answer_questions(tiny_model(), tokenizer, pairs, 20).tolist() == [True, False]
+    for text in ("\n\nThe answer is 7.", "3 + 4\n\nis more than 6.\n#### 7\nQuestion: 4 + 5 ?\n#### 9"):
+        monkeypatch.setattr(E, "complete", lambda *_: text)
+        assert E.answer_questions(tiny_model(), tokenizer, pairs, 20).tolist() == [True, False]
+
+
+def test_a_blank_document_is_passed_over(tmp_path):
+    file = written(tmp_path / "a.jsonl", jsonl({"text": "one"}, {"text": " "}, {"text": "two"}))
+    assert list(E.read_pairs(str(file))) == [("", "one"), ("", "two")]
 
 # --- rows, tables, the command --------------------------------------------------------------------
 

@@ -4,10 +4,12 @@ import os
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import optional, refused, same, some_tokens, tiny_model, works, written
 
+from evaluate import encode_files
 from loop import loop_path
 from model import GPT, get_tokenizer, load_checkpoint
 
@@ -46,7 +48,7 @@ def tokenizer_like(kind):
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)])
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[-1])
-    wrapped.chat_template = TEMPLATE
+    wrapped.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE} if kind == "llama3" else TEMPLATE
     return wrapped
 
 
@@ -145,12 +147,16 @@ def test_special_tokens_mean_those_tokens(tmp_path):
     for kind, eot in (("smol", 0), ("llama3", 0)):
         theirs = tokenizer_like(kind)
         theirs.save_pretrained(tmp_path / kind)
-        ours = get_tokenizer({"files": {file.name: file.read_bytes() for file in (tmp_path / kind).iterdir()}})
+        files = (file for file in (tmp_path / kind).rglob("*") if file.is_file())       # more templates have a folder
+        ours = get_tokenizer({"files": {str(file.relative_to(tmp_path / kind)): file.read_bytes() for file in files}})
         for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")
         assert ours.decode(ours.encode("looping \u2603 models")) == "looping \u2603 models"
         # what begins a document is not what ends a turn
+        text = written(tmp_path / "a.txt", "looping")
+        tokens = [eot, *ours.encode("looping"), theirs.eos_token_id]        # as transformers' generate ends a text
+        assert np.concatenate(list(encode_files([str(text)], ours))).tolist() == tokens
         assert ours.eot == eot and ours.n_vocab == len(theirs) and ours.stop == (eot, theirs.eos_token_id)
 
 
@@ -169,7 +175,10 @@ def test_everything_survives_a_checkpoint(directory, tmp_path):
     assert torch.equal(GPT.from_pretrained(tmp_path / "direct")(tokens)[0], ours(tokens, path=loop_path(6, 2, 2, 1))[0])
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep", dtype="auto").dtype == torch.bfloat16
     refused("exists", "grow.py", directory, "--out", tmp_path / "deep")
-    assert sorted(os.listdir(tmp_path)) == ["deep", "deep.pt", "direct", "hf"]
+    # a directory by itself is an export, and nothing grows
+    works("grow.py", tmp_path / "deep.pt", "--out", tmp_path / "same")
+    assert GPT.from_pretrained(tmp_path / "same").config.n_layer == 8
+    assert sorted(os.listdir(tmp_path)) == ["deep", "deep.pt", "direct", "hf", "same"]
 
 
 def test_an_export_that_fails_leaves_nothing_of_its_name(directory, tmp_path, monkeypatch):

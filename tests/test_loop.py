@@ -95,6 +95,8 @@ def test_the_scan_by_command(trained, tmp_path):
     refused("-n goes only with --scan", "loop.py", trained / "ckpt.pt", "-n", 4)
     deeper = tmp_path / "deeper.pt"
     works("grow.py", trained / "ckpt.pt", "--out", deeper)      # the same output head
+    wrong = written(tmp_path / "wrong.jsonl", '{"question": "1+1?", "answer": "k k k k k k k k k"}\n' * 9)
+    assert "no block changes any answer" in works(*command, "--questions", wrong).stdout
     for blocks, other in ((21, [*command, "--data", text, "--visits", 3]), (21, [*command, "--questions", questions]),
                           (36, ["loop.py", deeper, *command[2:], "--data", text])):
         n = len(rows.read_text().splitlines())

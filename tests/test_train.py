@@ -48,7 +48,8 @@ def fork(*command):
 
 def arguments(**changes):
     return Namespace(**{**dict(method="lidas", layers=8, block=2, alpha=1.0, steps=100, start=0, constant=80, lr=1.0,
-                               warmup=10, seed=0, batch=8, context=4, math_share=0.5), **changes})
+                               warmup=10, seed=0, batch=8, context=4, math_share=0.5, passed={"general": 0, "math": 0}),
+                        **changes})
 
 
 def test_learning_rate_is_a_trapezoid():
@@ -84,6 +85,10 @@ def test_math_comes_in_the_cooldown_only_and_no_row_comes_twice():
     assert numbers[:80].max() < 10 ** 6 and len(numbers.unique()) == 800
     assert 0.4 < (numbers[80:] >= 10 ** 6).float().mean() < 0.6 and numbers[80:].max() < 10 ** 6 + 20 * 8
     assert max(batch(step, math_share=0.0).max() for step in range(80, 100)) < 10 ** 6
+    # nor in a run that goes on from this one, with another batch and a cooldown of its own
+    passed = train.rows_passed(arguments(), 100)
+    more = [batch(step, start=100, steps=200, constant=150, batch=3, passed=passed)[:, 0] for step in range(100, 200)]
+    assert len(torch.cat([numbers.flatten(), *more]).unique()) == 800 + 300 and passed == {"general": 800, "math": 160}
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -314,6 +319,7 @@ def test_a_run_on_files_is_resumed_from_elsewhere_and_after_its_data_moved(on_te
     with monkeypatch.context() as patch:
         stop_at(patch, 27)
         assert script(*on_text.command, "--out", "again").returncode == 9
+    refused("--context", "train.py", "--init", "run/ckpt.pt", "--steps", 40, "--context", 256, "--out", "wide")
     shutil.copytree("again", "said")
     moved = [file.rename(file.with_name(f"moved-{file.name}")) for file in on_text.files]
     (tmp_path / "elsewhere").mkdir()
@@ -404,6 +410,7 @@ BAD_FILES = {       # name: content, what is said
     "array.json": (b'[{"text": "a"}]', "expected .txt"), "table.csv": (b"a,b\n" * 999, "expected .txt"),
     "page.html": (b"<p>" * 999, "expected .txt"), "README": (b"words " * 999, "expected .txt"),
     "x.npy": (b"\x93NUMPY" + b"12" * 999, "expected .txt"), "zip.txt.gz": (b"", "expected .txt"),
+    "llama3.bin": (np.array([20240801, 1, 99] + [0] * 352, dtype=np.int32).tobytes(), "4 bytes"),
     # not uint16 tokens of this encoding
     "uint32.bin": (UINT32.tobytes(), "every second"), "odd.bin": (b"123", "3 bytes"), "empty.bin": (b"", "0 bytes"),
     "large.bin": (b"\xff\xff" * 999, "65535"),
