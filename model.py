@@ -315,10 +315,10 @@ def score_targets(model, hidden, targets):
 
 
 @torch.no_grad()
-def score_rows(model, tokens, targets, path=None):
+def score_rows(model, tokens, targets, path=None, batch=16):
     """score_targets of tokens, targets (n, T), some rows at a time -> losses, right, (n,) each"""
     device, scores = model.embed.weight.device, []
-    batch = min(16, max(1, 4096 // tokens.shape[1]))        # a large vocabulary makes large logits
+    batch = min(batch, max(1, 4096 // tokens.shape[1]))     # logits of long rows are large
     for part, target in zip(tokens.split(batch), targets.split(batch)):
         hidden = model.hidden(part.to(device).long(), path)                     # (batch, T, n_embd)
         scores.append(score_targets(model, hidden, target.to(device).long()))
