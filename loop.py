@@ -157,7 +157,7 @@ def plot_scan(file, n_layer, blocks, gains):
     for loop, block in blocks.items():
         values[block] = (gains[loop, "chosen"]["value"] + gains[loop, "reported"]["value"]) / 2     # over all examples
     axis = figure.Figure(layout="constrained").subplots()
-    image = axis.imshow(values, cmap="RdBu", norm=colors.CenteredNorm(), origin="lower")    # white is no change
+    image = axis.imshow(values.numpy(), cmap="RdBu", norm=colors.CenteredNorm(), origin="lower")    # white is no change
     axis.set(title=gains[loop, "chosen"]["table"], xlabel="last layer of the block", ylabel="first layer")
     axis.figure.colorbar(image)
     axis.figure.savefig(file, dpi=120)
