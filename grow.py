@@ -114,9 +114,9 @@ def depth_schedule(total, depth, block, alpha=0.0):
 def main():
     parser = command_parser(__doc__)
     parser.add_argument("model", help="a checkpoint (.pt), or a Hugging Face name or directory")
-    parser.add_argument("--method", choices=METHODS, help="growth operator (default: the model's own loop; for a .pt else lidas)")
+    parser.add_argument("--method", choices=METHODS, help="growth operator (default: the model's own loop, else lidas)")
     parser.add_argument("--block", type=positive_int, help="layers to copy (default: the run's own, else 2)")
-    parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face")
+    parser.add_argument("--out", required=True, help="NAME.pt, or a directory for Hugging Face (by itself an export)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the directory")
     args, given = read_options(parser, excludes={"loop": ("path", "method", "block"), "path": ("method", "block")})
     check_outputs(args.out)
