@@ -341,7 +341,7 @@ def bin_tokens(file, tokenizer):
 def encode_files(files, tokenizer, field=None):
     """Yields the tokens of all files, part by part, an end-of-text token before each document; after it the eos of a
     Llama that begins and ends documents with two tokens."""
-    end = [token for token in tokenizer.stop[:2] if token != tokenizer.eot]
+    end = [token for token in tokenizer.stop[1:2] if token != tokenizer.eot]
     for file in files:
         check_text_file(file)
         if file.lower().endswith(".bin"):

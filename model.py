@@ -342,7 +342,7 @@ SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fals
              "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 
 # encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document;
-# stop: those that end what a model writes
+# stop: those that end what a model writes, eot and after it eos first
 Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab stop")
 
 
@@ -385,9 +385,8 @@ def get_tokenizer(spec):
         # a chat model's generation config has further ends
         more = json.loads(spec["files"].get("generation_config.json", b"{}")).get("eos_token_id")
         stop = [eot, hf.eos_token_id, *(more if isinstance(more, list) else [more])]
-        stop = tuple(dict.fromkeys(token for token in stop if token is not None))
         return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False, verbose=False), hf.decode, eot, len(hf),
-                         stop)
+                         tuple(token for token in stop if token is not None))
     # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
     words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}

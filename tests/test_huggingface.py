@@ -148,7 +148,8 @@ def test_special_tokens_mean_those_tokens(tmp_path):
         theirs = tokenizer_like(kind)
         theirs.save_pretrained(tmp_path / kind)
         files = (file for file in (tmp_path / kind).rglob("*") if file.is_file())       # more templates have a folder
-        ours = get_tokenizer({"files": {str(file.relative_to(tmp_path / kind)): file.read_bytes() for file in files}})
+        files = {str(file.relative_to(tmp_path / kind)): file.read_bytes() for file in files}
+        ours = get_tokenizer({"files": files})
         for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")
@@ -158,6 +159,12 @@ def test_special_tokens_mean_those_tokens(tmp_path):
         tokens = [eot, *ours.encode("looping"), theirs.eos_token_id]        # as transformers' generate ends a text
         assert np.concatenate(list(encode_files([str(text)], ours))).tolist() == tokens
         assert ours.eot == eot and ours.n_vocab == len(theirs) and ours.stop == (eot, theirs.eos_token_id)
+        # further ends are a chat's: they end an answer, and no document
+        more = get_tokenizer({"files": {**files, "generation_config.json": b'{"eos_token_id": [7, 8]}'}})
+        assert more.stop == (eot, theirs.eos_token_id, 7, 8)
+        assert np.concatenate(list(encode_files([str(text)], more))).tolist() == tokens
+        more = more._replace(stop=(eot, eot, 7))            # as a model that begins and ends documents with one token
+        assert np.concatenate(list(encode_files([str(text)], more))).tolist() == tokens[:-1]
 
 
 def test_everything_survives_a_checkpoint(directory, tmp_path):
