@@ -105,10 +105,7 @@ def lists(rng):
 def rule(rng, lines=16):
     """zor mip kel uni / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
     kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
-    words = [f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]]
-    if lines > len(words):
-        raise TooLong(f"{lines} lines of a rule that is about {len(words)} words")
-    words = rng.sample(words, lines)
+    words = rng.sample([f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
     return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
@@ -295,20 +292,15 @@ def read_items(file, field="text"):
 
 def read_pairs(file, field=None):
     """Of each document prompt, answer: "" and its `field` ("text" by default), or its "question" and "answer"."""
-    field, found = field or "text", False
+    field = field or "text"
     for item in read_items(file, field):
-        # a number counts as text, a blank one does not
-        texts = {name: str(value) for name, value in item.items() if isinstance(value, (str, int, float))}
-        texts = {name: text for name, text in texts.items() if text.strip()}
+        texts = {name: value for name, value in item.items() if isinstance(value, (str, int, float))}   # 7 is a text
         if field in texts:
-            yield "", texts[field]
+            yield "", f"{texts[field]}"
         elif texts.keys() >= {"question", "answer"}:
             yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
-        elif not isinstance(item.get(field), str):      # a blank document is passed over
+        else:
             raise ValueError(f"{file}: no text in {', '.join(item)}: --field names what is read")
-        found = found or bool(texts)
-    if not found:
-        raise ValueError(f"{file} has no text")
 
 
 def check_text_file(file):
@@ -341,14 +333,13 @@ def bin_tokens(file, tokenizer):
 def encode_files(files, tokenizer, field=None):
     """Yields the tokens of all files, part by part, an end-of-text token before each document; after it the eos of a
     Llama that begins and ends documents with two tokens."""
-    end = [token for token in tokenizer.stop[1:2] if token != tokenizer.eot]
     for file in files:
         check_text_file(file)
         if file.lower().endswith(".bin"):
             yield bin_tokens(file, tokenizer)
             continue
         for pair in tqdm(read_pairs(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
-            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)) + end)
+            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)) + [*tokenizer.stop[1:]])
 
 
 def token_rows(file, tokenizer, context, n):
@@ -363,7 +354,7 @@ def token_rows(file, tokenizer, context, n):
 # --- questions and their scores -------------------------------------------------------------------
 
 class TooLong(ValueError):
-    """More examples than the context, or the puzzle, has room for."""
+    """More than the context has room for."""
 
 
 def encode_pairs(pairs, tokenizer):
@@ -402,7 +393,7 @@ def read_questions(file, tokenizer, context, n=None, shots=0, skip=0):
     """A .jsonl of `question` and `answer` -> [(prompt, answer), ...], those that fit the context. The first `shots`
     lines are worked examples of all others; the first `skip` are not asked: any number of shots asks the same."""
     pairs = list(read_pairs(file))
-    if len(pairs) <= skip or not all(prompt for prompt, _ in pairs):
+    if len(pairs) <= skip or not all(prompt and answer.strip() for prompt, answer in pairs):
         raise ValueError(f"{file}: expected a question and an answer in each line, and more lines than shots ({skip})")
     before = "".join(f"{prompt}{answer}\n\n" for prompt, answer in pairs[:shots])
     asked = [(before + prompt, answer) for prompt, answer in pairs[skip:][:n]]

@@ -16,8 +16,6 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
 import argparse
 import collections
 import dataclasses
-import itertools
-import json
 import os
 import pathlib
 import re
@@ -264,9 +262,8 @@ class GPT(nn.Module):
         files = {"generation_config.json": hf.generation_config.to_json_string().encode()}
         if not os.path.isdir(name_or_dir) or any(pathlib.Path(name_or_dir).glob("tokenizer*")):
             with tempfile.TemporaryDirectory() as folder:
-                AutoTokenizer.from_pretrained(name_or_dir).save_pretrained(folder)
-                files |= {file.relative_to(folder).as_posix(): file.read_bytes()
-                          for file in pathlib.Path(folder).rglob("*") if file.is_file()}
+                AutoTokenizer.from_pretrained(name_or_dir).save_pretrained(folder, save_jinja_files=False)
+                files |= {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
         # 4. ours; inv_freq is what theirs computes with, which rope_theta alone does not tell of a scaled rope
         settings = {ours: getattr(config, theirs) for ours, theirs in SETTINGS.items()}
         settings["rope_freqs"] = hf.model.rotary_emb.inv_freq.tolist()
@@ -289,7 +286,8 @@ class GPT(nn.Module):
         hf.load_state_dict(state | {"lm_head.weight": self.head.weight})        # also of a head that is tied
         part = f"{os.path.normpath(folder)}.part"       # a crash leaves no half a model of that name
         hf.to(dtype).save_pretrained(part)
-        write_files(part, self.config.hf_files or {})
+        for name, content in (self.config.hf_files or {}).items():
+            pathlib.Path(part, name).write_bytes(content)
         os.replace(part, folder)
 
     def parameter_sources(self, path=None):
@@ -342,7 +340,7 @@ SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fals
              "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 
 # encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document;
-# stop: those that end what a model writes, eot and after it eos first
+# stop: those that end what a model writes, eot and an eos that is another
 Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab stop")
 
 
@@ -350,13 +348,6 @@ def llama_name(name):
     """layers.3.attn.q.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups()
     return f"{'model.' + layer if layer else ''}{LLAMA[part]}.weight"
-
-
-def write_files(folder, files):
-    """files: {name: bytes}; a name may have a folder of its own, as further chat templates do"""
-    for name, content in files.items():
-        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        pathlib.Path(folder, name).write_bytes(content)
 
 
 def get_tokenizer(spec):
@@ -376,17 +367,15 @@ def get_tokenizer(spec):
     if "files" in spec:
         from transformers import AutoTokenizer
         with tempfile.TemporaryDirectory() as folder:
-            write_files(folder, spec["files"])
+            for name, content in spec["files"].items():
+                pathlib.Path(folder, name).write_bytes(content)
             hf = AutoTokenizer.from_pretrained(folder)
         # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
         # else end-of-text; the eos of a chat model ends a turn, not a document. Both end what is written.
-        added = hf.encode("")
-        eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", hf.eos_token_id)
-        # a chat model's generation config has further ends
-        more = json.loads(spec["files"].get("generation_config.json", b"{}")).get("eos_token_id")
-        stop = [eot, hf.eos_token_id, *(more if isinstance(more, list) else [more])]
+        added, eos = hf.encode(""), hf.eos_token_id
+        eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", eos)
         return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False, verbose=False), hf.decode, eot, len(hf),
-                         tuple(token for token in stop if token is not None))
+                         (eot,) if eos in (eot, None) else (eot, eos))
     # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
     words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}
@@ -407,9 +396,8 @@ def complete(model, tokenizer, text, length, path=None, temperature=0.0):
         raise ValueError(f"the prompt has {len(tokens)} tokens, the context {model.config.context}")
     batch = torch.tensor([tokens], device=model.embed.weight.device)        # (1, S)
     new = model.generate(batch, min(length, room), path, temperature, stop=tokenizer.stop)[0, len(tokens):].tolist()
-    # what comes after the end is not the answer; a vocabulary may be padded
-    new = itertools.takewhile(lambda token: token not in tokenizer.stop, new)
-    return tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
+    # without the end; a vocabulary may be padded
+    return tokenizer.decode([token for token in new if token < tokenizer.n_vocab and token not in tokenizer.stop])
 
 
 def save_atomically(file, write):

@@ -15,7 +15,6 @@ and is cooled down at full depth on a mixture with math, as the models of the pa
       / 2  |  4   |   6    |   8   | \         numbers: layers
      warm-up     constant           cooldown, linear to zero, with math
 """
-import argparse
 import functools
 import gc
 import json
@@ -51,11 +50,8 @@ def open_stream(name, files, args, tokenizer):
         heldout = np.stack([evaluate.world_row(tokenizer, args.context, name, True, 0, number) for number in range(64)])
         return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    if args.copies:
-        tokens = np.fromfile(os.path.join(args.copies, f"{name}.tokens"), dtype)
-    else:
-        parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
-        tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
+    parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
+    tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
     training, heldout = split_rows(tokens, tokenizer.eot, args.context + 1)
     if not len(training) or not len(heldout):
         raise ValueError(f"{len(tokens)} {name} tokens are too few: give more text, or a smaller --context")
@@ -81,18 +77,11 @@ def make_batch(streams, args, rank, world_size, step):
     # which rows of the cooldown are math is drawn for all ranks, so that each finds its own
     math_share = args.math_share if step >= args.constant and "math" in streams else 0
     is_math = np.random.default_rng((args.seed, step)).random(args.batch) < math_share
-    passed = rows_passed(args, step)
     for i in range(rank * share, (rank + 1) * share):
-        stream = "math" if is_math[i] else "general"
-        rows.append(streams[stream](passed[stream] + i))
+        # math is counted from the cooldown's first row on
+        stream, begin = ("math", args.constant) if is_math[i] else ("general", 0)
+        rows.append(streams[stream]((step - begin) * args.batch + i))
     return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-def rows_passed(args, step):
-    """How far a run is in each stream, from where the run that it goes on from was: math counts from the cooldown on,
-    and a row of a batch that is of one stream is left out in the other."""
-    return {"general": args.passed["general"] + (step - args.start) * args.batch,
-            "math": args.passed["math"] + max(0, step - max(args.start, args.constant)) * args.batch}
 
 # --- the schedule, and what it costs: functions of the step alone ---------------------------------
 # read_args sets args.constant, the steps before the cooldown, and args.stages, [(first step, depth), ...]
@@ -213,8 +202,9 @@ def make_parser():
     add("--weight-decay", type=between(0, 1000), default=0.01, help="of matrices (default: 0.01; 0.1 delays copying)")
     add("--seed", type=between(0, 2 ** 32, int), default=0, help="of the init, the text and its order (default: 0)")
     # the data
-    add("--data", nargs="+", action="extend", metavar="FILE", help="text, .jsonl, .bin (default: the built-in world)")
-    add("--math", nargs="+", action="extend", metavar="FILE", help="for the cooldown (default: the world's, or none)")
+    files = {"nargs": "+", "action": "extend", "type": os.path.abspath, "metavar": "FILE"}
+    add("--data", **files, help="text, .jsonl, .bin (default: the built-in world)")
+    add("--math", **files, help="for the cooldown (default: the world's, or none)")
     add("--field", help="of a .jsonl line that holds the text (default: text, or question and answer)")
     add("--math-share", type=between(0, 1), default=0.75, help="of math rows in the cooldown (default: 0.75)")
     add("--encoding", help="a tiktoken name (default: gpt2 for files, the world's words without)")
@@ -224,8 +214,7 @@ def make_parser():
     add("--init", metavar="MODEL", help="train on: a run's stable.pt or ckpt.pt, a model of grow.py or Hugging Face")
     add("--evals", type=positive_int, default=10, help="log lines and checkpoints, beside growth (default: 10)")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="the layers (default: where it pays)")
-    # no options: the first step of this run, and how far the run of --init was in each stream
-    parser.set_defaults(start=0, passed={"general": 0, "math": 0})
+    parser.set_defaults(start=0)        # no option: the first step of this run, after those of the run of --init
     return parser
 
 
@@ -244,9 +233,8 @@ def read_args():
         if not stored:                      # a new run would hide a mistyped name
             runs = sorted(str(file.parent) for file in pathlib.Path(args.out).parent.glob("*/ckpt.pt"))
             raise ValueError(f"there is no run in {args.out} (models: --init); runs: {', '.join(runs) or 'none'}")
-        # what may change: what is of the machine, and where the text lies, since its checksum is compared
-        movable = {"data", "math"} if stored["data"] else set()
-        for name in given - movable - {"out", "resume", "device", "compile"}:
+        # what may change: what is of the machine, and where the text is, since its checksum is compared
+        for name in given - {"out", "resume", "device", "compile", "data", "math"}:
             if getattr(args, name) != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} was {stored[name]} in that run and cannot change")
         if "device" not in given and stored["device"] == "cpu":
@@ -268,12 +256,9 @@ def read_args():
                       context=min(512, model.config.context), encoding=None)
     values.update(stored)                       # of a run all, also its depth, of which FLOPs are a share
     if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
-        passed = rows_passed(argparse.Namespace(**stored), checkpoint["step"])
-        values.update(method="init", warmup=0, start=checkpoint["step"], passed=passed)
+        values.update(method="init", warmup=0, start=checkpoint["step"])
     values.update(typed)
-    # 3. what follows from them: where the tokens of a run's text are (its files may have moved), the steps before the
-    # cooldown, and when the model has which depth
-    args.copies = os.path.dirname(source) or "." if stored.get("data") and not given & {"data", "math"} else None
+    # 3. what follows from them: the steps before the cooldown, and when the model has which depth
     args.constant, args.stages = args.steps - round(args.steps * args.cooldown), [(0, args.layers)]
     if args.method in METHODS:
         args.stages = depth_schedule(args.constant, args.layers, args.block, args.alpha)
@@ -284,10 +269,9 @@ def read_args():
 
 def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before any text is read or anything written."""
-    if model and args.context > model.config.context:
-        raise ValueError(f"--context {args.context} is longer than the model's {model.config.context}")
-    if args.copies and args.context > checkpoint["args"]["context"]:
-        raise ValueError("a longer --context would test on what that run has trained on: give a text by --data")
+    # of a run its own: longer rows of the same text would be held out where it has trained
+    if model and args.context > (longest := checkpoint["args"].get("context", model.config.context)):
+        raise ValueError(f"--context {args.context} is longer than the {longest} of --init")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
@@ -300,7 +284,7 @@ def check(args, given, path, model, checkpoint):
         raise ValueError("--math goes with --data, --math-share with both or none, and each with a --cooldown above 0")
     if model and not args.data and checkpoint["tokenizer"] != evaluate.TOKENIZER:
         raise ValueError(f"{args.init} is no model of the built-in world: give a text by --data")
-    for file in [] if args.copies else (args.data or []) + (args.math or []):
+    for file in (args.data or []) + (args.math or []):
         evaluate.check_text_file(file)
 
 # --- what a run prints and keeps ------------------------------------------------------------------
@@ -411,8 +395,6 @@ def main():
         tqdm.write(f"{args.method}: {args.steps} steps of {args.batch} x {args.context} on {args.device}, {optimizer}")
     if not args.resume:
         run.report(model, start)
-        for name in texts if args.data and rank == 0 else []:       # a copy, for --resume
-            save_atomically(os.path.join(args.out, f"{name}.tokens"), texts[name].tofile)
         run.save("ckpt.pt", model, optimizers, start)
     # 4. training
     batches = functools.partial(make_batch, streams, args, rank, world_size)

@@ -67,7 +67,7 @@ def generate(config, args):
 def scans(config, args):
     """Every block once more on 64 rows of 256 tokens: as loop.py --scan, and each path from the start."""
     model = GPT(config).to(args.device)
-    rows = torch.randint(config.vocab_size, (args.rows, min(257, config.context)))
+    rows = torch.randint(config.vocab_size, (64, min(257, config.context)))
     paths = [loop_path(config.n_layer, start, block, 1)
              for start in range(config.n_layer) for block in range(1, config.n_layer - start + 1)]
     some = paths[::max(1, len(paths) // 12)]            # of the slow way, a sample
@@ -87,7 +87,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate (default: 256)")
-    parser.add_argument("--rows", type=int, default=64, help="of 256 tokens, for the scan (default: 64)")
     parser.add_argument("--only", nargs="+", choices=["generate", "scan"], default=["generate", "scan"])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

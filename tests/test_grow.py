@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import refused, same, some_tokens, tiny_model, works
 
-from grow import (METHODS, depth_schedule, grow, grow_optimizer, growth_steps, lidas, midas, stack)
+from grow import METHODS, depth_schedule, grow, grow_optimizer, growth_steps, lidas, midas, stack
 from loop import parse_loop
 from model import load_checkpoint
 from train import make_optimizers, training_flops

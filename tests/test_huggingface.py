@@ -48,7 +48,7 @@ def tokenizer_like(kind):
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)])
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[-1])
-    wrapped.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE} if kind == "llama3" else TEMPLATE
+    wrapped.chat_template = TEMPLATE
     return wrapped
 
 
@@ -147,9 +147,7 @@ def test_special_tokens_mean_those_tokens(tmp_path):
     for kind, eot in (("smol", 0), ("llama3", 0)):
         theirs = tokenizer_like(kind)
         theirs.save_pretrained(tmp_path / kind)
-        files = (file for file in (tmp_path / kind).rglob("*") if file.is_file())       # more templates have a folder
-        files = {str(file.relative_to(tmp_path / kind)): file.read_bytes() for file in files}
-        ours = get_tokenizer({"files": files})
+        ours = get_tokenizer({"files": {file.name: file.read_bytes() for file in (tmp_path / kind).iterdir()}})
         for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")
@@ -159,12 +157,6 @@ def test_special_tokens_mean_those_tokens(tmp_path):
         tokens = [eot, *ours.encode("looping"), theirs.eos_token_id]        # as transformers' generate ends a text
         assert np.concatenate(list(encode_files([str(text)], ours))).tolist() == tokens
         assert ours.eot == eot and ours.n_vocab == len(theirs) and ours.stop == (eot, theirs.eos_token_id)
-        # further ends are a chat's: they end an answer, and no document
-        more = get_tokenizer({"files": {**files, "generation_config.json": b'{"eos_token_id": [7, 8]}'}})
-        assert more.stop == (eot, theirs.eos_token_id, 7, 8)
-        assert np.concatenate(list(encode_files([str(text)], more))).tolist() == tokens
-        more = more._replace(stop=(eot, eot, 7))            # as a model that begins and ends documents with one token
-        assert np.concatenate(list(encode_files([str(text)], more))).tolist() == tokens[:-1]
 
 
 def test_everything_survives_a_checkpoint(directory, tmp_path):

@@ -113,7 +113,3 @@ def test_what_is_no_model(trained, tmp_path):
     for name, message in ((trained, "as a checkpoint (.pt)"), (tmp_path / "notes.txt", "as a checkpoint (.pt)"),
                           (tmp_path / "none.pt", "none.pt"), (trained / "log.jsonl", "as a checkpoint (.pt)")):
         refused(message, "loop.py", name)
-    folder = tmp_path / "run[1]"                # was taken for a pattern, which run1 fits
-    folder.mkdir()
-    (folder / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
-    works("loop.py", folder / "ckpt.pt", "--loop", "1-1x2-4", "--length", 1)
