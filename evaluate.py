@@ -333,13 +333,14 @@ def bin_tokens(file, tokenizer):
 def encode_files(files, tokenizer, field=None):
     """Yields the tokens of all files, part by part, an end-of-text token before each document; after it the eos of a
     Llama that begins and ends documents with two tokens."""
+    end = [token for token in tokenizer.stop[1:2] if token != tokenizer.eot]
     for file in files:
         check_text_file(file)
         if file.lower().endswith(".bin"):
             yield bin_tokens(file, tokenizer)
             continue
         for pair in tqdm(read_pairs(file, field), f"encoding {file}", unit=" documents", leave=False, disable=None):
-            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)) + [*tokenizer.stop[1:]])
+            yield np.array([tokenizer.eot] + tokenizer.encode("".join(pair)) + end)
 
 
 def token_rows(file, tokenizer, context, n):
@@ -669,7 +670,7 @@ def main():
     # what to measure
     parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; if none: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
-    parser.add_argument("--shots", type=between(0, 1000, int), nargs="+", help="in-context curve: numbers of examples")
+    parser.add_argument("--shots", type=between(0, 47, int), nargs="+", help="in-context curve: numbers of examples")
     parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")

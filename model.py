@@ -16,6 +16,7 @@ positions, grouped-query attention, SwiGLU, tied embeddings, no biases, no dropo
 import argparse
 import collections
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -340,7 +341,7 @@ SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": Fals
              "pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 
 # encode: text -> list of ids, where names of special tokens mean those tokens; eot: the token that begins a document;
-# stop: those that end what a model writes, eot and an eos that is another
+# stop: those that end what a model writes, eot and after it eos first
 Tokenizer = collections.namedtuple("Tokenizer", "encode decode eot n_vocab stop")
 
 
@@ -372,10 +373,15 @@ def get_tokenizer(spec):
             hf = AutoTokenizer.from_pretrained(folder)
         # What begins a document: the token that the tokenizer itself puts before a text (Llama's begin-of-text),
         # else end-of-text; the eos of a chat model ends a turn, not a document. Both end what is written.
-        added, eos = hf.encode(""), hf.eos_token_id
-        eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", eos)
-        return Tokenizer(lambda text: hf.encode(text, add_special_tokens=False, verbose=False), hf.decode, eot, len(hf),
-                         (eot,) if eos in (eot, None) else (eot, eos))
+        added = hf.encode("")
+        eot = added[0] if added else hf.get_vocab().get("<|endoftext|>", hf.eos_token_id)
+        # a chat model's generation config has further ends
+        more = json.loads(spec["files"].get("generation_config.json", b"{}")).get("eos_token_id")
+        stop = [eot, hf.eos_token_id, *(more if isinstance(more, list) else [more])]
+
+        def encode(text):       # half of an emoji is no UTF-8
+            return hf.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False, verbose=False)
+        return Tokenizer(encode, hf.decode, eot, len(hf), tuple(token for token in stop if token is not None))
     # one token a word, whatever space stands around it: the pattern cuts the text, each piece is a word of the list
     words = spec["words"]
     ids = {word: i for i, word in enumerate(words)}
@@ -433,8 +439,8 @@ def load_checkpoint(name, device="cpu"):
             if spec:
                 tokenizer = get_tokenizer(spec)
                 model.config.eot = tokenizer.eot        # documents in one row do not see each other, as in training
-                if tokenizer.n_vocab > model.config.vocab_size:
-                    raise ValueError("it has a tokenizer of more tokens than the model: resize its embeddings first")
+                if tokenizer.eot is None or tokenizer.n_vocab > model.config.vocab_size:
+                    raise ValueError("its tokenizer has no end-of-text token, or more tokens than the model")
     except ModuleNotFoundError:     # transformers: run_script says what to install
         raise
     except Exception as error:      # pickle, safetensors and the hub raise errors of every kind

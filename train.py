@@ -253,7 +253,7 @@ def read_args():
     if model:
         model.config.path = path or model.config.path
         values.update(method="init", layers=len(model.config.resolve_path()), block=None, lr=1e-4, steps=500, batch=8,
-                      context=min(512, model.config.context), encoding=None)
+                      context=min(512, checkpoint["args"].get("context", model.config.context)), encoding=None)
     values.update(stored)                       # of a run all, also its depth, of which FLOPs are a share
     if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
@@ -384,8 +384,10 @@ def main():
     for name, files in (("general", args.data), ("math", args.math)):
         if files or not args.data:
             streams[name], heldout[name], texts[name] = open_stream(name, files, args, tokenizer)
-    checksums = {name: zlib.crc32(text) for name, text in texts.items()}        # for --resume
-    if args.resume and checksums != checkpoint["data"]:
+    checksums = {name: zlib.crc32(text) for name, text in texts.items()}
+    before = checkpoint.get("data", checksums)      # of the run that goes on; --init may bring files of its own
+    same_files = args.data and args.data == checkpoint.get("args", {}).get("data")
+    if (args.resume and checksums != before) or (same_files and checksums["general"] != before["general"]):
         raise ValueError("the data are not those of that run: its files, or the built-in world, have changed")
     # 3. what the first process prints and keeps
     kept, start = {"tokenizer": spec, "data": checksums}, checkpoint.get("step", 0)

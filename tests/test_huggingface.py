@@ -147,16 +147,19 @@ def test_special_tokens_mean_those_tokens(tmp_path):
     for kind, eot in (("smol", 0), ("llama3", 0)):
         theirs = tokenizer_like(kind)
         theirs.save_pretrained(tmp_path / kind)
+        written(tmp_path / kind / "generation_config.json", '{"eos_token_id": [7, 8]}')
         ours = get_tokenizer({"files": {file.name: file.read_bytes() for file in (tmp_path / kind).iterdir()}})
         for text in ("<|im_start|>user\nGrown 345 models'll  loop\n\n caf\u00e9 \u2603<|im_end|>", "", " a  1"):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert ours.encode("half \ud83d") == ours.encode("half ?")
         assert ours.encode("<|im_start|>a")[0] == theirs.convert_tokens_to_ids("<|im_start|>")
         assert ours.decode(ours.encode("looping \u2603 models")) == "looping \u2603 models"
         # what begins a document is not what ends a turn
         text = written(tmp_path / "a.txt", "looping")
         tokens = [eot, *ours.encode("looping"), theirs.eos_token_id]        # as transformers' generate ends a text
         assert np.concatenate(list(encode_files([str(text)], ours))).tolist() == tokens
-        assert ours.eot == eot and ours.n_vocab == len(theirs) and ours.stop == (eot, theirs.eos_token_id)
+        assert ours.eot == eot and ours.n_vocab == len(theirs)
+        assert ours.stop == (eot, theirs.eos_token_id, 7, 8)        # a chat's further ends end no document
 
 
 def test_everything_survives_a_checkpoint(directory, tmp_path):

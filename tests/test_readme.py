@@ -14,10 +14,7 @@ SCRIPTS = ["loop.py", "grow.py", "evaluate.py", "train.py", "signatures.py"]
 
 
 def read(name):
-    file = os.path.join(ROOT, name)
-    if not os.path.exists(file):
-        return ""
-    with open(file, encoding="utf-8") as f:
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         return f.read().replace("\\\n", " ")
 
 

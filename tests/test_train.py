@@ -320,6 +320,8 @@ def test_a_run_on_files_is_resumed_from_elsewhere_and_after_its_data_moved(on_te
     refused("changed", "train.py", "--resume", "--out", "../moved", "--data", math, "--math", math)
     works("train.py", "--resume", "--out", "../moved", "--data", text, "--math", math)
     assert same(run_of("../moved")["model"], run_of("../run")["model"])
+    text.write_text("\n".join(text.read_text().splitlines()[::-1]))     # it would be tested on what it has trained on
+    refused("changed", "train.py", "--init", "../moved/ckpt.pt", "--steps", 40, "--device", "cpu", "--out", "on")
 
 
 def test_a_loop_in_the_cooldown_is_resumed_to_the_bit(trained, tmp_path, monkeypatch):
