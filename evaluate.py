@@ -105,7 +105,10 @@ def lists(rng):
 def rule(rng, lines=16):
     """zor mip kel uni / cat| zor / spoon| mip / dog| zor     each class of words has a label, a new one every time"""
     kinds, labels = rng.sample(list(CLASSES), 4), rng.sample(LABELS, 4)     # the rule
-    words = rng.sample([f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]], lines)
+    words = [f"{word}| {label}" for kind, label in zip(kinds, labels) for word in CLASSES[kind]]
+    if lines > len(words):
+        raise TooLong(f"{lines} lines of a rule that is about {len(words)} words")
+    words = rng.sample(words, lines)
     return " ".join(rng.sample(labels, 4)) + "\n", words        # the labels first, so that a guess is one of four
 
 
@@ -296,7 +299,7 @@ def read_pairs(file, field=None):
     for item in read_items(file, field):
         texts = {name: value for name, value in item.items() if isinstance(value, (str, int, float))}   # 7 is a text
         if field in texts:
-            yield "", f"{texts[field]}"
+            yield "", str(texts[field])
         elif texts.keys() >= {"question", "answer"}:
             yield f"Question: {texts['question']}\nAnswer:", f" {texts['answer']}"
         else:
@@ -355,7 +358,7 @@ def token_rows(file, tokenizer, context, n):
 # --- questions and their scores -------------------------------------------------------------------
 
 class TooLong(ValueError):
-    """More than the context has room for."""
+    """More examples than the context, or the puzzle, has room for."""
 
 
 def encode_pairs(pairs, tokenizer):
@@ -670,7 +673,7 @@ def main():
     # what to measure
     parser.add_argument("--tasks", nargs="*", action="extend", choices=TASKS, help="default: all; if none: losses only")
     parser.add_argument("-n", type=positive_int, help="examples of a task (default: 200), or questions (default: all)")
-    parser.add_argument("--shots", type=between(0, 47, int), nargs="+", help="in-context curve: numbers of examples")
+    parser.add_argument("--shots", type=between(0, 1000, int), nargs="+", help="in-context curve: numbers of examples")
     parser.add_argument("--finetune", type=positive_int, nargs="+", help="fine-tuning curve: numbers of examples")
     parser.add_argument("--curves", action="store_true", help="the log of the runs: accuracy and losses by step")
     parser.add_argument("--questions", metavar="FILE", help=".jsonl of question and answer in place of tasks")

@@ -44,11 +44,11 @@ from model import (GPT, GPTConfig, between, complete, estimate_loss, get_tokeniz
 
 def open_stream(name, files, args, tokenizer):
     """One kind of text -> a function that gives training row `number`, (context + 1) token ids; held-out rows
-    (n, context + 1); the tokens that tell whether the text has changed."""
+    (n, context + 1); a checksum, which tells whether the text has changed."""
     if not files:       # the built-in world is made as it is read; its held-out rows are the same for all seeds
         row = functools.partial(evaluate.world_row, tokenizer, args.context, name, False, args.seed)
         heldout = np.stack([evaluate.world_row(tokenizer, args.context, name, True, 0, number) for number in range(64)])
-        return row, torch.from_numpy(heldout).int(), np.stack([row(0), *heldout])
+        return row, torch.from_numpy(heldout).int(), zlib.crc32(np.stack([row(0), *heldout]))
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     parts = [part.astype(dtype) for part in evaluate.encode_files(files, tokenizer, args.field)]
     tokens = np.concatenate([np.empty(0, dtype), *parts])       # the empty one: there may be no document
@@ -57,7 +57,7 @@ def open_stream(name, files, args, tokenizer):
         raise ValueError(f"{len(tokens)} {name} tokens are too few: give more text, or a smaller --context")
     training = np.random.default_rng(args.seed).permutation(training)
     row = functools.partial(np.take, training, axis=0, mode="wrap")         # after the last one the same order again
-    return row, torch.from_numpy(heldout.astype(np.int32)), tokens
+    return row, torch.from_numpy(heldout.astype(np.int32)), zlib.crc32(tokens)
 
 
 def split_rows(tokens, eot, width):
@@ -252,8 +252,12 @@ def read_args():
         values.update(method="looped", layers=len(path))        # depth counts visits
     if model:
         model.config.path = path or model.config.path
+        # of a run its own: longer rows of the same text would be held out where it has trained
+        longest = checkpoint["args"].get("context", model.config.context)
+        if typed.get("context", 0) > longest:
+            raise ValueError(f"--context {typed['context']} is longer than the {longest} of --init")
         values.update(method="init", layers=len(model.config.resolve_path()), block=None, lr=1e-4, steps=500, batch=8,
-                      context=min(512, checkpoint["args"].get("context", model.config.context)), encoding=None)
+                      context=min(512, longest), encoding=None)
     values.update(stored)                       # of a run all, also its depth, of which FLOPs are a share
     if stored and not typed["resume"]:          # the steps of --init are counted on, without another warm-up
         values.update(method="init", warmup=0, start=checkpoint["step"])
@@ -269,9 +273,6 @@ def read_args():
 
 def check(args, given, path, model, checkpoint):
     """Raises ValueError for what cannot be, or would be passed over, before any text is read or anything written."""
-    # of a run its own: longer rows of the same text would be held out where it has trained
-    if model and args.context > (longest := checkpoint["args"].get("context", model.config.context)):
-        raise ValueError(f"--context {args.context} is longer than the {longest} of --init")
     if args.start >= args.steps:
         raise ValueError(f"that run has {args.start} steps already: give more --steps")
     if path and set(path) != set(range(model.config.n_layer if model else max(path) + 1)):
@@ -380,11 +381,10 @@ def main():
         # the moments are the run's, the settings those of this command
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     # 2. the data: each process reads all of them
-    streams, heldout, texts = {}, {}, {}
+    streams, heldout, checksums = {}, {}, {}
     for name, files in (("general", args.data), ("math", args.math)):
         if files or not args.data:
-            streams[name], heldout[name], texts[name] = open_stream(name, files, args, tokenizer)
-    checksums = {name: zlib.crc32(text) for name, text in texts.items()}
+            streams[name], heldout[name], checksums[name] = open_stream(name, files, args, tokenizer)
     before = checkpoint.get("data", checksums)      # of the run that goes on; --init may bring files of its own
     same_files = args.data and args.data == checkpoint.get("args", {}).get("data")
     if (args.resume and checksums != before) or (same_files and checksums["general"] != before["general"]):

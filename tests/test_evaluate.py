@@ -144,9 +144,9 @@ def test_shots_are_not_the_question_and_never_held_out():
 def test_as_many_shots_as_fit(tokenizer):
     tokens, _, shots = E.encode_examples("assign-0", tokenizer, 100, 20)
     assert 0 < shots < 5 and tokens.shape[1] <= 100 and len(set(map(tuple, tokens.tolist()))) == 20
-    for context, shots in ((12, None), (100, 5)):       # as many as are asked for, or none
-        with pytest.raises(E.TooLong, match="context"):
-            E.encode_examples("assign-0", tokenizer, context, 20, shots)
+    for task, context, shots in (("assign-0", 12, None), ("assign-0", 100, 5), ("rule", 1000, 48)):     # as asked, or none
+        with pytest.raises(E.TooLong, match="48 words" if task == "rule" else "context"):
+            E.encode_examples(task, tokenizer, context, 20, shots)
 
 # --- scoring --------------------------------------------------------------------------------------
 
